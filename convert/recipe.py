@@ -1,0 +1,63 @@
+"""Recipes: TOML files that describe a guard from its base weights to its bundle."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.files import file_sha256
+from edgeguard.errors import EdgeguardError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Recipe", "RecipeError", "load_recipe"]
+
+TABLES = ("base", "student", "train", "qat", "export", "calibrate", "evaluate", "corpus")
+HERE = Path(__file__).resolve().parent
+
+
+class RecipeError(EdgeguardError):
+    """A recipe that lacks something, or has something that no step reads."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed recipe. ``build``: the folder its steps work in; ``path`` and ``sha256`` go into the provenance."""
+
+    name: str
+    version: str
+    license: str
+    languages: list[str]
+    base: dict[str, Any]
+    student: dict[str, Any]
+    train: dict[str, Any]
+    qat: dict[str, Any]
+    export: dict[str, Any]
+    calibrate: dict[str, Any]
+    evaluate: dict[str, Any]
+    corpus: dict[str, Any]
+    path: Path
+    sha256: str
+    build: Path
+
+
+def load_recipe(path: Path, build: Path | None = None) -> Recipe:
+    """Read a recipe; a relative path is also looked for beside this package. Raises RecipeError."""
+    found = next((p for p in (path, HERE / path) if p.is_file()), None)
+    if found is None:
+        known = ", ".join(f"recipes/{p.name}" for p in sorted((HERE / "recipes").glob("*.toml")))
+        raise RecipeError(f"no recipe at {path}. There are: {known}.")
+    try:
+        data = tomllib.loads(found.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{found.name}: {error}") from error
+    wanted = {"name", "version", "license", "languages", *TABLES}
+    if set(data) != wanted:
+        raise RecipeError(f"{found.name}: missing {sorted(wanted - set(data))}, unknown {sorted(set(data) - wanted)}.")
+    folder = build or HERE.parent / "build" / data["name"]
+    return Recipe(**data, path=found, sha256=file_sha256(found), build=folder)

@@ -1,0 +1,113 @@
+"""The student: the lower layers of a small language model, and a head of K rows on the last token.
+
+One forward pass gives the logits of ``safe``, ``unsafe`` and the hazards. The body is a transformers Llama, so any base
+of that architecture fits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from convert.files import read_json, write_json, write_whole
+from edgeguard.taxonomy import HAZARDS
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+    from convert.export.onnx_graph import StudentConfig
+
+__all__ = ["HEAD", "Student"]
+
+HEAD = ("safe", "unsafe", *HAZARDS)
+
+
+class Student(nn.Module):
+    """``ids, mask`` [batch, length] (right padding) -> logits float32 [batch, K] of each row's last real token."""
+
+    def __init__(self, config: LlamaConfig, labels: tuple[str, ...] = HEAD) -> None:
+        """Random weights of the shape of ``config``; ``labels`` name the rows of the head."""
+        from transformers import LlamaModel
+
+        super().__init__()
+        self.model = LlamaModel(config)
+        self.head = nn.Linear(config.hidden_size, len(labels))
+        self.labels = labels
+
+    @classmethod
+    def from_base(cls, folder: Path, layers: int) -> Student:
+        """The first ``layers`` layers of the base in ``folder``; the head starts at zero (every p is one half)."""
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        config = base.config
+        config.num_hidden_layers, config.use_cache, config.attn_implementation = layers, False, "eager"
+        config._attn_implementation = "eager"  # on short rows faster on a CPU than the fused kernel's backward
+        student = cls(config)
+        kept = {name.removeprefix("model."): w for name, w in base.state_dict().items() if name.startswith("model.")}
+        student.model.load_state_dict({name: w for name, w in kept.items() if name in student.model.state_dict()})
+        nn.init.zeros_(student.head.weight)
+        nn.init.zeros_(student.head.bias)
+        return student
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The final hidden state [batch, hidden] of each row's last real token."""
+        states: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states[torch.arange(len(ids)), mask.sum(1) - 1]
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits [batch, K]."""
+        return self.read_head(self.hidden(ids, mask))
+
+    def read_head(self, hidden: Tensor) -> Tensor:
+        """Logits [batch, K] in float32, whatever the body computes in: the head is 16 rows and costs nothing."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits: Tensor = nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float())
+        return logits
+
+    def numpy_weights(self) -> dict[str, np.ndarray]:
+        """All weights as float32 arrays under their Hugging Face names, plus ``head.weight`` and ``head.bias``."""
+        return {name: tensor.detach().float().numpy() for name, tensor in self.state_dict().items()}
+
+    def onnx_config(self, max_tokens: int) -> StudentConfig:
+        """The shape that the ONNX graph is built from."""
+        from convert.export.onnx_graph import StudentConfig
+
+        config = self.model.config
+        return StudentConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            max_tokens=max_tokens,
+            head_size=len(self.labels),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write ``student.safetensors`` and ``student.json`` (config and labels)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        write_json(folder / "student.json", {"labels": list(self.labels), "config": self.model.config.to_dict()})
+        write_whole(folder / "student.safetensors", lambda path: save_file(state, path))
+
+    @classmethod
+    def load(cls, folder: Path) -> Student:
+        """Read what :meth:`save` wrote."""
+        from transformers import LlamaConfig
+
+        record = read_json(folder / "student.json")
+        config = LlamaConfig.from_dict(record["config"])
+        config._attn_implementation = "eager"
+        student = cls(config, tuple(record["labels"]))
+        student.load_state_dict(load_file(folder / "student.safetensors"))
+        return student
