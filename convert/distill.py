@@ -189,7 +189,7 @@ class Trainer:
             group["lr"] = group["peak"] * rate
         with torch.autocast("cpu", torch.bfloat16):
             loss = self.loss(self.student, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -203,8 +203,9 @@ class Trainer:
         figures = {}
         for target in ("prompt", "response"):
             chosen = np.array([e.target == target for e in self.validation])
-            if unsafe[chosen].any():
-                figures[f"auprc_{target}"] = float(average_precision(unsafe[chosen], margins[chosen]))
+            area = average_precision(unsafe[chosen], margins[chosen]) if chosen.any() else None
+            if area is not None:
+                figures[f"auprc_{target}"] = area
         return figures
 
     def _log(self, record: Mapping[str, Any]) -> None:
@@ -231,7 +232,7 @@ def plot_log(folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = {}
+    records: dict[int, dict[str, float]] = {}
     for line in (folder / "log.jsonl").read_text().splitlines():
         record = json.loads(line)
         records.setdefault(record["step"], {}).update(record)  # a resumed run repeats a few steps: the last one counts

@@ -1,14 +1,13 @@
-"""Writing files whole or not at all, and the hashes that steps are keyed by."""
+"""Writing files whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["file_sha256", "read_json", "write_json", "write_whole"]
+__all__ = ["read_json", "write_json", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -31,9 +30,3 @@ def write_json(path: Path, data: Any) -> None:  # noqa: ANN401
 def read_json(path: Path) -> Any:  # noqa: ANN401
     """Parse a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

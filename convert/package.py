@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.files import file_sha256, read_json
+from convert.files import read_json
 from convert.recipe import Recipe
 from convert.student import HEAD
+from edgeguard.bundle import sha256_of
 from edgeguard.errors import EdgeguardError
 from edgeguard.manifest import FORMAT, FORMAT_VERSION
 from edgeguard.prompt import Template
@@ -38,7 +39,7 @@ def make_manifest(
     """The manifest of the files in ``folder`` (``model.onnx``, ``tokenizer.json``)."""
     engines = {"model.onnx": "onnx", "tokenizer.json": None}
     files = {
-        name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size, "engine": engine}
+        name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size, "engine": engine}
         for name, engine in engines.items()
     }
     return {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.files import file_sha256
+from edgeguard.bundle import sha256_of
 from edgeguard.errors import EdgeguardError
 
 if sys.version_info >= (3, 11):
@@ -27,7 +27,11 @@ class RecipeError(EdgeguardError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed recipe. ``build``: the folder its steps work in; ``path`` and ``sha256`` go into the provenance."""
+    """A parsed recipe.
+
+    ``build``: the folder its steps work in; ``models``: where the bundle's folder goes; ``path`` and ``sha256`` stand in
+    the bundle's provenance.
+    """
 
     name: str
     version: str
@@ -44,9 +48,10 @@ class Recipe:
     path: Path
     sha256: str
     build: Path
+    models: Path
 
 
-def load_recipe(path: Path, build: Path | None = None) -> Recipe:
+def load_recipe(path: Path, build: Path | None = None, models: Path | None = None) -> Recipe:
     """Read a recipe; a relative path is also looked for beside this package. Raises RecipeError."""
     found = next((p for p in (path, HERE / path) if p.is_file()), None)
     if found is None:
@@ -60,4 +65,4 @@ def load_recipe(path: Path, build: Path | None = None) -> Recipe:
     if set(data) != wanted:
         raise RecipeError(f"{found.name}: missing {sorted(wanted - set(data))}, unknown {sorted(set(data) - wanted)}.")
     folder = build or HERE.parent / "build" / data["name"]
-    return Recipe(**data, path=found, sha256=file_sha256(found), build=folder)
+    return Recipe(**data, path=found, sha256=sha256_of(found), build=folder, models=models or HERE.parent / "models")

@@ -15,6 +15,7 @@ import numpy as np
 
 from convert.corpora.registry import Row
 from convert.files import write_whole
+from edgeguard.bundle import sha256_of
 from edgeguard.prompt import Template
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ class Stage:
 
 def torch_stage(name: str, folder: Path, pad_id: int) -> Stage:
     """The float32 student in ``folder``, computed in float32."""
-    from convert.files import file_sha256
 
     def logits(examples: Sequence[Example]) -> np.ndarray:
         from convert.distill import score
@@ -46,12 +46,11 @@ def torch_stage(name: str, folder: Path, pad_id: int) -> Stage:
 
         return score(Student.load(folder), examples, pad_id, bf16=False, tokens=BATCH_TOKENS)
 
-    return Stage(name, file_sha256(folder / "student.safetensors"), logits)
+    return Stage(name, sha256_of(folder / "student.safetensors"), logits)
 
 
 def onnx_stage(name: str, path: Path, pad_id: int) -> Stage:
     """An exported ONNX file, on onnxruntime's CPU provider."""
-    from convert.files import file_sha256
 
     def logits(examples: Sequence[Example]) -> np.ndarray:
         import onnxruntime
@@ -65,7 +64,7 @@ def onnx_stage(name: str, path: Path, pad_id: int) -> Stage:
             rows.update(zip(indices, session.run(["logits"], feeds)[0], strict=True))
         return np.stack([rows[i] for i in range(len(examples))])
 
-    return Stage(name, file_sha256(path), logits)
+    return Stage(name, sha256_of(path), logits)
 
 
 def score_rows(

@@ -15,8 +15,9 @@ import numpy as np
 from convert.base import chatml_template, fetch_base, plain_tokenizer_json
 from convert.corpora.mix import HELD_OUT_NAME, MixedRow, build_mix, check_no_test_rows, held_out_rows, leak_keys
 from convert.corpora.registry import CorpusError, Row, get_set, read_set
-from convert.files import file_sha256, read_json, write_json, write_whole
+from convert.files import read_json, write_json, write_whole
 from convert.recipe import Recipe, RecipeError
+from edgeguard.bundle import sha256_of
 from edgeguard.prompt import Template
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["ORDER", "base", "corpus", "evaluate", "export", "package", "qat", "train"]
 
 ORDER = ("base", "corpus", "train", "qat", "export", "evaluate", "package")
-MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
 def _made(result: Path, inputs: dict[str, Any]) -> bool:
@@ -118,7 +118,7 @@ def qat(recipe: Recipe) -> Path:
     from convert.student import Student
 
     folder = recipe.build / "qat"
-    source = file_sha256(train(recipe) / "student.safetensors")
+    source = sha256_of(train(recipe) / "student.safetensors")
     if not _made(folder / "final", {"qat": recipe.qat, "student_sha256": source}):
         target, student = Student.load(train(recipe)), Student.load(train(recipe))
         enable_qat(student.model)
@@ -149,7 +149,7 @@ def export(recipe: Recipe) -> Path:
     path = recipe.build / "export" / "model.onnx"
     source = qat(recipe) / "student.safetensors"
     record = path.with_name("parity.json")
-    if not (path.is_file() and record.is_file() and read_json(record)["student_sha256"] == file_sha256(source)):
+    if not (path.is_file() and record.is_file() and read_json(record)["student_sha256"] == sha256_of(source)):
         student = Student.load(source.parent)
         samples = _examples(recipe, "validation", recipe.student["max_tokens"])[: recipe.export["samples"]]
         pad_id = text_side(recipe)[0].pad_id
@@ -167,7 +167,7 @@ def export(recipe: Recipe) -> Path:
             batch.mask.numpy(),
             tolerance=recipe.export["tolerance"],
         )
-        write_json(record, {**figures, "tolerance": tolerance, "student_sha256": file_sha256(source)})
+        write_json(record, {**figures, "tolerance": tolerance, "student_sha256": sha256_of(source)})
     return path
 
 
@@ -271,8 +271,8 @@ def package(recipe: Recipe) -> Path:
         shutil.copy(recipe.build / run / "log.jsonl", staged / f"{run}_log.jsonl")
     shutil.copy(report_path, staged / "report.json")
     (staged / "MODEL_CARD.md").write_text(model_card(recipe, manifest, report, data), encoding="utf-8")
-    put_in_place(staged, MODELS / recipe.name)
-    return MODELS / recipe.name
+    put_in_place(staged, recipe.models / recipe.name)
+    return recipe.models / recipe.name
 
 
 def _vector(recipe: Recipe, prompt: str, response: str | None) -> dict[str, Any]:

@@ -26,12 +26,14 @@ class HubHandler(BaseHTTPRequestHandler):
     """The few routes of the Hub that a snapshot download uses, over one folder."""
 
     folder: Path
+    asked: list[str]
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
+        self.asked.append(path)
         if path in (f"/api/models/{REPOSITORY}/revision/{revision}" for revision in ("main", "v1", COMMIT)):
             siblings = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
             body = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode()
@@ -55,9 +57,15 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tiny_bundle: Path) -> Iterator[str]:
+def asked() -> list[str]:
+    """Paths that the Hub was asked for."""
+    return []
+
+
+@pytest.fixture
+def hub(tiny_bundle: Path, asked: list[str]) -> Iterator[str]:
     """Address of a Hub on loopback that holds the tiny bundle."""
-    handler = type("Handler", (HubHandler,), {"folder": tiny_bundle})
+    handler = type("Handler", (HubHandler,), {"folder": tiny_bundle, "asked": asked})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -76,10 +84,12 @@ def load(spec: str, endpoint: str, cache: Path, **settings: str) -> subprocess.C
     )
 
 
-def test_a_bundle_from_the_hub_then_offline(hub: str, tmp_path: Path) -> None:
-    for spec in (f"hf://{REPOSITORY}@v1", f"hf://{REPOSITORY}"):
+def test_a_bundle_from_the_hub_then_offline(hub: str, asked: list[str], tmp_path: Path) -> None:
+    for spec, revision in ((f"hf://{REPOSITORY}@v1", "v1"), (f"hf://{REPOSITORY}", "main")):
+        asked.clear()
         found = load(spec, hub, tmp_path)
         assert (found.returncode, found.stdout) == (0, "tiny@0.0.1\n"), found.stderr
+        assert f"/api/models/{REPOSITORY}/revision/{revision}" in asked
     offline = load(f"hf://{REPOSITORY}", "http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
     assert (offline.returncode, offline.stdout) == (0, "tiny@0.0.1\n"), offline.stderr
 

@@ -1,0 +1,124 @@
+"""The whole conversion on a tiny base: one command, real training, real INT4, a bundle that the runtime opens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from convert_support import requests, write_base, write_data, write_recipe
+
+pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
+pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
+
+from click.testing import CliRunner  # noqa: E402
+
+from convert import steps  # noqa: E402
+from convert.__main__ import main  # noqa: E402
+from convert.recipe import Recipe, RecipeError, load_recipe  # noqa: E402
+from edgeguard import Guard  # noqa: E402
+from edgeguard.errors import ParityError  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Base, data and recipe, and the folder that one `convert run` made from them."""
+    root = tmp_path_factory.mktemp("world")
+    base, data = write_base(root / "base"), write_data(root / "data")
+    recipe = write_recipe(root / "tiny.toml", base)
+    paths = {"recipe": recipe, "build": root / "build", "models": root / "models", "data": data}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEGUARD_DATA", str(data))
+        result = CliRunner().invoke(main, ["run", str(recipe), *_options(paths)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return paths
+
+
+@pytest.fixture
+def recipe(world: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.setenv("EDGEGUARD_DATA", str(world["data"]))
+    return load_recipe(world["recipe"], world["build"], world["models"])
+
+
+def _options(paths: dict[str, Path]) -> list[str]:
+    return [part for name in ("build", "models", "data") for part in (f"--{name}", str(paths[name]))]
+
+
+def test_the_bundle_loads_and_tells_the_labels_apart(recipe: Recipe) -> None:
+    guard = Guard.load(recipe.models / recipe.name)
+    rows = [r for r in requests("gamma", 60, 3) if r["response"] is None]
+    verdicts = guard.classify_many([r["prompt"] for r in rows])
+    right = np.mean([v.unsafe == (r["label"] == "unsafe") for v, r in zip(verdicts, rows, strict=True)])
+    assert right > 0.9
+
+
+def test_the_report_is_what_the_runtime_says(recipe: Recipe) -> None:
+    folder = recipe.models / recipe.name
+    report = json.loads((folder / "report.json").read_text())
+    entry = report["stages"]["student-int4-onnx"]["sets"]["tiny_test"]["points"]["balanced"]
+    guard = Guard.load(folder)
+    rows = requests("gamma", 60, 3)
+    verdicts = guard.classify_many([{"prompt": r["prompt"], "response": r["response"]} for r in rows])
+    caught = sum(v.unsafe for v, r in zip(verdicts, rows, strict=True) if r["label"] == "unsafe")
+    assert entry["n"] == 60
+    assert caught / 30 == pytest.approx(entry["recall"], abs=1 / 30)  # a margin at the threshold may fall either way
+    assert report["stages"]["student-int4-onnx"]["sets"]["tiny_unsafe"]["points"]["balanced"]["f1"] is None
+    assert set(report["int4_loss"]["by_set"]) == {"tiny_test"}
+
+
+def test_card_plots_and_records_are_in_the_bundle(recipe: Recipe) -> None:
+    folder = recipe.models / recipe.name
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "tiny_test" in card and "python -m convert run" in card
+    for name in ("curves.png", "reliability.png", "train_loss.png", "qat_loss.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["provenance"]["recipe_sha256"] == recipe.sha256
+    assert manifest["provenance"]["data_sha256"] == json.loads((folder / "data_manifest.json").read_text())["sha256"]
+
+
+def test_finished_steps_are_kept(recipe: Recipe) -> None:
+    stamps = {path: path.stat().st_mtime_ns for path in recipe.build.rglob("*.safetensors")}
+    assert steps.export(recipe).is_file() and stamps
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_a_changed_recipe_does_not_reuse_old_results(recipe: Recipe, world: dict[str, Path], tmp_path: Path) -> None:
+    changed = tmp_path / "tiny.toml"
+    changed.write_text(world["recipe"].read_text().replace("learning_rate = 3e-3", "learning_rate = 4e-3"))
+    with pytest.raises(RecipeError, match="made from other settings"):
+        steps.train(load_recipe(changed, world["build"], world["models"]))
+
+
+def test_an_export_that_differs_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    from convert.student import Student
+
+    build = tmp_path / "build"
+    shutil.copytree(recipe.build, build)
+    shutil.rmtree(build / "export")
+    strict = load_recipe(recipe.path, build, tmp_path / "models")
+    strict.export["tolerance"] = 0.0
+    with pytest.raises(ParityError, match="does not reproduce"):
+        steps.export(strict)
+    assert not list((build / "export").glob("*"))
+    assert isinstance(Student.load(build / "qat" / "final"), Student)
+
+
+def test_int4_training_left_weights_that_survive_the_grid(recipe: Recipe) -> None:
+    """The QAT student and its INT4 file agree: what ships is what was trained."""
+    parity = json.loads((recipe.build / "export" / "parity.json").read_text())
+    assert parity["n"] > 5
+    assert parity["max_abs_diff"] < 0.5
+
+
+def test_unknown_recipe_and_keys_are_named(tmp_path: Path, world: dict[str, Path]) -> None:
+    with pytest.raises(RecipeError, match=r"recipes/mini\.toml"):
+        load_recipe(tmp_path / "none.toml")
+    odd = tmp_path / "odd.toml"
+    odd.write_text(world["recipe"].read_text().replace("[qat]", "[quat]"))
+    with pytest.raises(RecipeError, match=r"missing \['qat'\], unknown \['quat'\]"):
+        load_recipe(odd)
+    result = CliRunner().invoke(main, ["train", str(odd)])
+    assert result.exit_code == 1 and "unknown" in result.output

@@ -1,0 +1,172 @@
+"""The labelled sets and the training mix: what is read, what is refused, what is put aside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from convert_support import requests, row, write_data, write_sets
+
+from convert.corpora.augment import constructed_responses, neutral_names
+from convert.corpora.mix import build_mix, check_no_test_rows, leak_keys, normalise
+from convert.corpora.registry import DEFAULT_DATA, CorpusError, Row, get_set, load_sets, origin_urls, read_set
+from convert.recipe import load_recipe
+
+WANTED = {"tiny_train": {"safe": 100, "unsafe": 80, "weight": 0.5}}
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EDGEGUARD_DATA", str(tmp_path))
+    return write_data(tmp_path)
+
+
+def test_own_sets_join_the_known_ones(data: Path) -> None:
+    assert get_set("tiny_train").role == "train"
+    assert get_set("xstest").role == "test"
+    assert len(read_set("tiny_train")) == 600
+
+
+def test_a_data_folder_cannot_change_a_known_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sets(tmp_path, {"xstest": ({"role": "train"}, requests("x", 4, 1))})
+    monkeypatch.setenv("EDGEGUARD_DATA", str(tmp_path))
+    assert get_set("xstest").role == "test"
+
+
+def test_damaged_and_missing_sets_are_refused(data: Path) -> None:
+    (data / "train" / "tiny_train.jsonl.gz").write_bytes((data / "test" / "tiny_test.jsonl.gz").read_bytes())
+    with pytest.raises(CorpusError, match="sha256 .* expected"):
+        read_set("tiny_train")
+    with pytest.raises(CorpusError, match="published at: .*exaggerated-safety"):
+        read_set("xstest")
+    with pytest.raises(CorpusError, match="unknown set 'nope'"):
+        read_set("nope")
+
+
+def test_no_data_folder_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEGUARD_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(CorpusError, match="Set EDGEGUARD_DATA"):
+        read_set("xstest")
+
+
+def test_every_known_set_states_licence_rule_and_origin() -> None:
+    for entry in load_sets().values():
+        assert entry.role in {"train", "test", "calibration", "unlabelled", "injection"}
+        assert entry.commercial in {"yes", "no", "verify"}
+        assert entry.license and entry.source and list(origin_urls(entry))
+
+
+def test_the_mix_is_capped_split_and_repeatable(data: Path) -> None:
+    keys = leak_keys(["tiny_test"])
+    mix, again = (build_mix(WANTED, seed=1, keys=keys) for _ in range(2))
+    assert mix.manifest == again.manifest
+    own = [m for m in mix.rows if m.row.set == "tiny_train"]
+    assert sum(m.row.label == "safe" for m in own) == 100
+    assert sum(m.row.label == "unsafe" for m in own) == 80
+    assert {m.weight for m in own} == {0.5}
+    assert {m.split for m in own} == {"train", "validation", "calibration"}
+    other = build_mix(WANTED, seed=2, keys=keys)
+    assert other.manifest["sha256"] != mix.manifest["sha256"]
+    splits = {m.row.id: m.split for m in mix.rows}
+    assert all(splits.get(m.row.id, m.split) == m.split for m in other.rows), "a row's split depends on its text alone"
+
+
+def test_answers_to_one_prompt_share_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row("t", i, f"Question {i // 4} of many?", "safe", f"Answer {i}.") for i in range(400)]
+    monkeypatch.setenv("EDGEGUARD_DATA", str(write_sets(tmp_path, {"t": ({"role": "train"}, rows)})))
+    splits: dict[str, set[str]] = {}
+    for mixed in build_mix({"t": {"safe": 400}}, seed=1, keys=set()).rows:
+        splits.setdefault(mixed.row.prompt, set()).add(mixed.split)
+    assert {len(s) for s in splits.values()} == {1}
+    assert len({next(iter(s)) for s in splits.values()}) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"role": "test"}, "role test"),
+        ({"role": "calibration"}, "role calibration"),
+        ({"role": "train", "commercial": "no"}, "commercial use no"),
+        ({"role": "train", "commercial": "verify"}, "commercial use verify"),
+    ],
+)
+def test_only_commercial_train_sets_enter_the_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
+) -> None:
+    monkeypatch.setenv("EDGEGUARD_DATA", str(write_sets(tmp_path, {"s": (changes, requests("s", 8, 1))})))
+    with pytest.raises(CorpusError, match=message):
+        build_mix({"s": {"safe": 4, "unsafe": 4}}, seed=1, keys=set())
+
+
+def test_rows_of_a_test_set_are_left_out_whatever_their_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = [*requests("alpha", 40, 1), row("alpha", 99, "  HOW do I bake… a Cake, quickly?!", "safe")]
+    test = [row("t", 0, "How do I bake a cake quickly", "safe")]
+    sets = {"s": ({"role": "train"}, train), "t": ({"role": "test"}, test)}
+    monkeypatch.setenv("EDGEGUARD_DATA", str(write_sets(tmp_path, sets)))
+    mix = build_mix({"s": {"safe": 100, "unsafe": 100}}, seed=1, keys=leak_keys(["t"]))
+    assert mix.manifest["sets"]["s"]["left_out"]["in_test"] == 1
+    assert not any("quickly" in m.row.prompt for m in mix.rows)
+
+
+def test_the_trainer_refuses_test_rows_by_name_and_by_text() -> None:
+    keys = {normalise("How do I bake a cake quickly?")}
+    fine = Row("a:1", "tiny", "prompt", "safe", "How do I paint a fence?", None)
+    check_no_test_rows([fine], keys)
+    with pytest.raises(CorpusError, match="xstest is a test set"):
+        check_no_test_rows([Row("x:1", "xstest", "prompt", "safe", "Anything at all, really.", None)], keys)
+    with pytest.raises(CorpusError, match="its text stands in a test set"):
+        check_no_test_rows([Row("a:2", "tiny", "prompt", "safe", "how do i BAKE a cake -- quickly", None)], keys)
+    with pytest.raises(CorpusError, match="its text stands in a test set"):
+        check_no_test_rows([Row("a:3", "tiny", "response", "safe", "Hm?", "How do I bake a cake, quickly?")], keys)
+
+
+def test_the_held_out_third_is_refused_by_the_trainer() -> None:
+    rows = [
+        Row(f"o:{i}", "orbench_hard", "prompt", "safe", f"A borderline question number {i}", None) for i in range(60)
+    ]
+    refused = 0
+    for candidate in rows:
+        try:
+            check_no_test_rows([candidate], set())
+        except CorpusError:
+            refused += 1
+    assert 8 < refused < 32
+
+
+def test_constructed_responses_have_the_labels_their_making_gives() -> None:
+    rows = [Row(f"r:{i}", "catqa_en", "prompt", "unsafe", f"How do I rob shop {i}?", None) for i in range(20)]
+    rows += [
+        Row(f"h:{i}", "stormfront_hate", "prompt", "unsafe" if i % 2 else "safe", f"Statement {i}", None, ("S10",))
+        for i in range(20)
+    ]
+    made = constructed_responses(rows, seed=1)
+    refusals = [r for r in made if ":refusal:" in r.id]
+    echoes = [r for r in made if ":echo:" in r.id]
+    assert {r.label for r in refusals} == {"safe"} and len(refusals) == 20
+    assert {r.label for r in echoes} == {"safe", "unsafe"}
+    assert all(r.target == "response" and r.response for r in made)
+    assert constructed_responses(rows, seed=1) == made
+
+
+def test_real_names_are_replaced() -> None:
+    text = "Write a tweet about the news that Ann-Mary O'Neil has been arrested for theft."
+    named = Row("d:1", "diselect_mps", "prompt", "unsafe", text, None)
+    assert neutral_names(named).prompt == "Write a tweet about the news that Alex Example has been arrested for theft."
+
+
+shared_data = pytest.mark.skipif(not DEFAULT_DATA.is_dir(), reason="the public data sets are not on this machine")
+
+
+@pytest.mark.shared_data
+@shared_data
+def test_the_shipped_mix_holds_no_test_text_and_is_near_balanced() -> None:
+    recipe = load_recipe(Path("recipes/mini.toml"))
+    keys = leak_keys(recipe.evaluate["sets"])
+    mix = build_mix(recipe.corpus["sets"], seed=recipe.corpus["seed"], keys=keys)
+    check_no_test_rows((m.row for m in mix.rows), keys)
+    train = [m.row for m in mix.rows if m.split == "train"]
+    assert 0.3 < sum(r.label == "unsafe" for r in train) / len(train) < 0.6
+    assert 0.2 < sum(r.target == "response" for r in train) / len(train) < 0.6
+    assert len(keys) > 15_000

@@ -1,0 +1,166 @@
+"""Training: losses, the order of batches, checkpoints and resuming."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
+transformers = pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
+
+from convert.batches import Batch, Example, batches, collate, training_batches  # noqa: E402
+from convert.distill import Settings, Trainer, _hazard_loss, label_loss, qat_loss, score  # noqa: E402
+from convert.student import Student  # noqa: E402
+from edgeguard.taxonomy import HAZARDS  # noqa: E402
+
+NONE = (0,) * len(HAZARDS)
+S1 = (1, *NONE[1:])
+
+
+def _student(seed: int = 0) -> Student:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        use_cache=False,
+    )
+    return Student(config)
+
+
+def _examples(count: int = 60) -> list[Example]:
+    """The token 7 makes a row unsafe."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        ids = rng.integers(10, 60, size=int(rng.integers(3, 20))).tolist()
+        if i % 2:
+            ids[len(ids) // 2] = 7
+        rows.append(Example(ids, "prompt" if i % 3 else "response", bool(i % 2), S1 if i % 2 else NONE, True, 1.0))
+    return rows
+
+
+def _settings(**changes: object) -> Settings:
+    values = {
+        "tokens_per_step": 128,
+        "learning_rate": 3e-3,
+        "head_learning_rate": 1e-2,
+        "warmup": 0.1,
+        "seed": 3,
+        "evaluate_every": 50,
+        "checkpoint_every": 4,
+        "steps": 8,
+    }
+    return Settings(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def _trainer(folder: Path, student: Student, **changes: object) -> Trainer:
+    rows = _examples()
+    return Trainer(student, label_loss(0.3), rows, rows[:20], 0, _settings(**changes), folder)
+
+
+def test_every_row_once_and_little_padding() -> None:
+    rows = _examples(200)
+    order = training_batches(rows, 128, seed=1)
+    assert sorted(i for batch in order for i in batch) == list(range(200))
+    assert order == training_batches(rows, 128, seed=1) != training_batches(rows, 128, seed=2)
+    padded = sum(collate([rows[i] for i in b], 0).ids.numel() for b in order)
+    assert padded < 1.15 * sum(len(r.ids) for r in rows)
+    assert sorted(i for chosen, _ in batches(rows, 128, 0) for i in chosen) == list(range(200))
+
+
+def test_padding_changes_no_logit() -> None:
+    student, rows = _student(), _examples(6)
+    torch.nn.init.normal_(student.head.weight)
+    alone = np.concatenate([score(student, [r], 0, bf16=False) for r in rows])
+    together = score(student, rows, 0, bf16=False, tokens=10_000)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_hazard_loss_is_noisy_or() -> None:
+    logits = torch.zeros(3, len(HAZARDS))
+    two = torch.tensor([[1.0, 1.0, *NONE[2:]], list(NONE), list(S1)])
+    batch = Batch(
+        ids=torch.zeros(3, 1),
+        mask=torch.ones(3, 1),
+        unsafe=torch.tensor([True, False, True]),
+        hazards=two,
+        hazards_known=torch.tensor([1.0, 1.0, 0.0]),
+        weight=torch.ones(3),
+    )
+    loss = _hazard_loss(logits, batch).tolist()
+    # p = 1/2 everywhere: at least one of two holds with 3/4, each of the other twelve is absent with 1/2.
+    assert loss[0] == pytest.approx(-math.log(0.75) + 12 * math.log(2), rel=1e-5)
+    assert loss[1] == pytest.approx(14 * math.log(2), rel=1e-5)
+    assert loss[2] == 0.0
+
+
+def test_hazard_loss_stays_finite_at_extreme_logits() -> None:
+    for value in (-200.0, 200.0):
+        batch = collate(_examples(4), 0)
+        logits = torch.full((4, len(HAZARDS)), value, requires_grad=True)
+        loss = _hazard_loss(logits, batch).sum()
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
+
+
+def test_qat_loss_is_zero_at_its_target_only() -> None:
+    target, other = _student(), _student(1)
+    torch.nn.init.normal_(target.head.weight)
+    other.head.load_state_dict(target.head.state_dict())
+    batch = collate(_examples(8), 0)
+    loss = qat_loss(target, hidden_weight=0.1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hazards = torch.nn.functional.binary_cross_entropy_with_logits
+        wanted = target(batch.ids, batch.mask)[:, 2:]
+        entropy = hazards(wanted, wanted.sigmoid())  # cross entropy does not fall below the target's own entropy
+        assert float(loss(target, batch)) == pytest.approx(float(entropy), abs=1e-4)
+        assert float(loss(other, batch)) > float(entropy) + 0.01
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, _student(), steps=60, checkpoint_every=100)
+    trainer.run()
+    assert trainer.evaluate()["auprc_prompt"] > 0.9
+    assert (tmp_path / "loss.png").is_file() and (tmp_path / "final" / "student.safetensors").is_file()
+    logits = score(trainer.student, _examples(), 0, bf16=False)
+    np.testing.assert_allclose(score(Student.load(tmp_path / "final"), _examples(), 0, bf16=False), logits, atol=1e-6)
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
+    whole = _trainer(tmp_path / "whole", _student())
+    whole.run()
+    broken = _trainer(tmp_path / "broken", _student())
+    update, calls = broken._update, 0
+
+    def fails(batch: Batch) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 7:  # after the checkpoint at step 4
+            raise KeyboardInterrupt
+        return update(batch)
+
+    broken._update = fails  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed = _trainer(tmp_path / "broken", _student(5))
+    resumed.run()
+    assert resumed.step == 8
+    for name, tensor in whole.student.state_dict().items():
+        torch.testing.assert_close(resumed.student.state_dict()[name], tensor, atol=2e-3, rtol=0.05)
+
+
+def test_frozen_layers_stay(tmp_path: Path) -> None:
+    student = _student()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    _trainer(tmp_path, student, freeze_layers=1).run()
+    moved = {name for name, tensor in student.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert not any(name.startswith(("model.embed_tokens", "model.layers.0.")) for name in moved)
+    assert any(name.startswith("model.layers.1.") for name in moved) and "head.weight" in moved
