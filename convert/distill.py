@@ -24,7 +24,7 @@ from convert.files import write_whole
 from convert.student import Student
 from edgeguard.metrics import average_precision
 
-__all__ = ["Settings", "Trainer", "label_loss", "qat_loss", "score"]
+__all__ = ["Loss", "Settings", "Trainer", "label_loss", "qat_loss", "score"]
 
 Loss = Callable[[Student, Batch], Tensor]
 

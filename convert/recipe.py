@@ -29,8 +29,8 @@ class RecipeError(EdgeguardError):
 class Recipe:
     """A parsed recipe.
 
-    ``build``: the folder its steps work in; ``models``: where the bundle's folder goes; ``path`` and ``sha256`` stand in
-    the bundle's provenance.
+    ``build``: the folder its steps work in; ``models``: where the bundle's folder goes; ``path`` and ``sha256``: the
+    bundle's provenance.
     """
 
     name: str

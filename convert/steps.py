@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from convert.batches import Example
+    from convert.distill import Loss
     from convert.evaluate import Fitted
     from convert.scores import Stage
     from convert.student import Student
@@ -91,29 +92,22 @@ def _examples(recipe: Recipe, split: str, max_tokens: int) -> list[Example]:
     return encode_rows([m.row for m in mixed], template, tokenizer, max_tokens, [m.weight for m in mixed])
 
 
-def _settings(table: dict[str, Any], **extra: Any) -> Any:  # noqa: ANN401 - a Settings; torch is imported late
-    from convert.distill import Settings
-
-    names = {f.name for f in fields(Settings)}
-    return Settings(**{k: v for k, v in table.items() if k in names and k not in extra}, **extra)
-
-
 def train(recipe: Recipe) -> Path:
     """Step ``train``: the float32 student, from labels."""
-    from convert.distill import Trainer, label_loss
+    from convert.distill import label_loss
     from convert.student import Student
 
     folder = recipe.build / "train"
     data = read_json(corpus(recipe).with_name("data_manifest.json"))["sha256"]
     if not _made(folder / "final", {"train": recipe.train, "student": recipe.student, "data": data}):
         student = Student.from_base(base(recipe), recipe.student["layers"])
-        _run(recipe, recipe.train, Trainer, student, label_loss(recipe.train["hazard_weight"]), folder)
+        _run(recipe, recipe.train, student, label_loss(recipe.train["hazard_weight"]), folder)
     return folder / "final"
 
 
 def qat(recipe: Recipe) -> Path:
     """Step ``qat``: the student whose weights survive INT4, with the float32 student as its target."""
-    from convert.distill import Trainer, qat_loss
+    from convert.distill import qat_loss
     from convert.fake_quant import enable_qat
     from convert.student import Student
 
@@ -127,15 +121,19 @@ def qat(recipe: Recipe) -> Path:
             **recipe.qat,
             "max_tokens": recipe.train["max_tokens"],
         }
-        _run(recipe, table, Trainer, student, qat_loss(target, recipe.qat["hidden_weight"]), folder)
+        _run(recipe, table, student, qat_loss(target, recipe.qat["hidden_weight"]), folder)
     return folder / "final"
 
 
-def _run(recipe: Recipe, table: dict[str, Any], trainer: Any, student: Student, loss: Any, folder: Path) -> None:  # noqa: ANN401
+def _run(recipe: Recipe, table: dict[str, Any], student: Student, loss: Loss, folder: Path) -> None:
+    """Train with the settings of a recipe's table, in ``folder``."""
+    from convert.distill import Settings, Trainer
+
+    names = {f.name for f in fields(Settings)}
+    settings = Settings(**{name: value for name, value in table.items() if name in names})
     train_rows = _examples(recipe, "train", table["max_tokens"])
     validation = _examples(recipe, "validation", table["max_tokens"])
-    pad_id = text_side(recipe)[0].pad_id
-    trainer(student, loss, train_rows, validation, pad_id, _settings(table), folder).run()
+    Trainer(student, loss, train_rows, validation, text_side(recipe)[0].pad_id, settings, folder).run()
 
 
 def export(recipe: Recipe) -> Path:

@@ -111,7 +111,7 @@ def test_the_card_and_the_readme_say_what_the_report_says() -> None:
 def test_the_reported_figures_are_measured_again(guard: Guard, name: str) -> None:
     path = DATA / "test" / f"{name}.jsonl.gz"
     rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().split("\n") if line]
-    items = [{"prompt": r["prompt"], **({"response": r["response"]} if r["target"] == "response" else {})} for r in rows]
+    items = [{"prompt": r["prompt"], "response": r["response"] if r["target"] == "response" else None} for r in rows]
     flagged = np.array([verdict.unsafe for verdict in guard.classify_many(items)])
     unsafe = np.array([r["label"] == "unsafe" for r in rows])
     entry = _report()["sets"][name]["points"]["balanced"]
