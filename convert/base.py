@@ -22,6 +22,8 @@ from edgeguard.prompt import Template
 __all__ = ["BaseError", "chatml_template", "fetch_base", "plain_tokenizer_json"]
 
 LOADED_MARK = "ready.json"
+# U+FFFD in the byte-level alphabet, else a question mark, for bytes that a vocabulary lacks.
+REPLACEMENTS = ("ï¿½", "?")
 
 
 class BaseError(EdgeguardError):
@@ -105,9 +107,14 @@ def plain_tokenizer_json(folder: Path) -> str:
     """The base's ``tokenizer.json`` without special tokens, post-processor or truncation: text in, text's ids out.
 
     Without added tokens to match, no text can yield a special id: the vocabulary has them, but no merge leads there.
+    Bytes that the vocabulary lacks (SmolLM2: a few control characters) would yield the unknown token, a special one;
+    they become the replacement character instead.
     """
     data = json.loads((folder / "tokenizer.json").read_text())
     data.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+    if data["model"].get("unk_token") is not None:
+        vocabulary = data["model"]["vocab"]
+        data["model"]["unk_token"] = next(token for token in REPLACEMENTS if token in vocabulary)
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -58,6 +58,17 @@ def test_text_never_becomes_a_marker(base: Path) -> None:
             assert sum(i in template.reserved for i in encoded) == 3  # two openings and one closing, however it tries
 
 
+def test_a_byte_that_the_vocabulary_lacks_is_judged_as_a_replacement(base: Path, tmp_path: Path) -> None:
+    data = json.loads((base / "tokenizer.json").read_text())
+    data["model"]["unk_token"] = "<|endoftext|>"
+    del data["model"]["vocab"]["\u0104"]  # byte 0x04 in the byte-level alphabet
+    data["model"]["vocab"]["unused"] = max(data["model"]["vocab"].values()) + 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = Tokenizer.from_str(plain_tokenizer_json(tmp_path))
+    encoded = chatml_template(tmp_path).encode(tokenizer, [("user", "a\x04b")], 64)
+    assert tokenizer.token_to_id("?") in encoded.ids
+
+
 def test_the_template_names_what_it_judges(base: Path) -> None:
     template = chatml_template(base)
     assert template.read["prompt"] != template.read["response"]
