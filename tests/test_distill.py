@@ -107,7 +107,7 @@ def test_hazard_loss_stays_finite_at_extreme_logits() -> None:
         batch = collate(_examples(4), 0)
         logits = torch.full((4, len(HAZARDS)), value, requires_grad=True)
         loss = _hazard_loss(logits, batch).sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
 
 
@@ -131,7 +131,7 @@ def test_training_learns(tmp_path: Path) -> None:
     assert trainer.evaluate()["auprc_prompt"] > 0.9
     assert (tmp_path / "loss.png").is_file() and (tmp_path / "final" / "student.safetensors").is_file()
     logits = score(trainer.student, _examples(), 0, bf16=False)
-    np.testing.assert_allclose(score(Student.load(tmp_path / "final"), _examples(), 0, bf16=False), logits, atol=1e-6)
+    np.testing.assert_allclose(score(Student.load(tmp_path / "final"), _examples(), 0, bf16=False), logits, rtol=1e-5)
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder, with_pip=True)
     environment = {**os.environ, "PATH": str(folder / "bin"), "CC": "/bin/false", "CXX": "/bin/false"}
     environment.pop("PYTHONPATH", None)
-    command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--only-binary", ":all:", wheel]
+    python = str(folder / "bin" / "python")
+    command = [python, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", str(wheel)]
     subprocess.run(command, check=True, env=environment)
     return folder
 
@@ -56,7 +57,7 @@ def test_the_wheel_carries_the_bundle_and_no_conversion(wheel: Path) -> None:
 
 
 def test_the_base_install_is_small(installed: Path) -> None:
-    command = [installed / "bin" / "python", "-m", "pip", "list", "--format=json"]
+    command = [str(installed / "bin" / "python"), "-m", "pip", "list", "--format=json"]
     listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     names = {package["name"].lower() for package in listed}
     assert "edgeguard-runtime" in names
