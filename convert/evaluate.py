@@ -106,9 +106,9 @@ def hazard_recall(rows: Sequence[Row], logits: NDArray[Any], fitted: Fitted, poi
 
 
 def mean_f1_lost(before: Mapping[str, Any], after: Mapping[str, Any], point: str) -> dict[str, Any]:
-    """F1 of ``before`` minus F1 of ``after`` on every set that defines it, and the mean, in points (1 = 0.01 F1)."""
+    """F1 of ``before`` minus F1 of ``after`` on every common set that defines it, and the mean, in points (0.01 F1)."""
     lost = {}
-    for name in before:
+    for name in [name for name in before if name in after]:
         a, b = before[name]["points"][point]["f1"], after[name]["points"][point]["f1"]
         if a is not None and b is not None:
             lost[name] = 100 * (a - b)

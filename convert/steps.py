@@ -195,8 +195,10 @@ def stages(recipe: Recipe) -> list[Stage]:
     return [onnx_stage(SHIPPED, export(recipe), pad_id), torch_stage(REFERENCE, train(recipe), pad_id)]
 
 
-def measure(recipe: Recipe, stage: Stage) -> tuple[Fitted, dict[str, Any], dict[str, np.ndarray]]:
-    """Fit a stage on the calibration split, then measure every test set. Scores are kept and read back."""
+def measure(
+    recipe: Recipe, stage: Stage, tests: dict[str, list[Row]]
+) -> tuple[Fitted, dict[str, Any], dict[str, np.ndarray]]:
+    """Fit a stage on the calibration split, then measure it on ``tests``. Scores are kept and read back."""
     from convert.evaluate import fit_stage, measure_set
     from convert.scores import score_rows
 
@@ -208,7 +210,6 @@ def measure(recipe: Recipe, stage: Stage) -> tuple[Fitted, dict[str, Any], dict[
 
     held_back = calibration_rows(recipe)
     fitted = fit_stage(held_back, logits("calibration", held_back))
-    tests = evaluation_rows(recipe)
     scores = {name: logits(name, rows) for name, rows in tests.items()}
     return fitted, {name: measure_set(rows, scores[name], fitted) for name, rows in tests.items()}, scores
 
@@ -221,7 +222,8 @@ def evaluate(recipe: Recipe) -> Path:
     rows = evaluation_rows(recipe)
     report: dict[str, Any] = {"policy": POLICY, "data": data_revisions(list(rows)), "stages": {}}
     for stage in stages(recipe):
-        fitted, sets, scores = measure(recipe, stage)
+        names = list(rows) if stage.name == SHIPPED else recipe.evaluate["reference_sets"]
+        fitted, sets, scores = measure(recipe, stage, {name: rows[name] for name in names})
         report["stages"][stage.name] = {"weights_sha256": stage.key, **fitted.to_dict(), "sets": sets}
         if stage.name == SHIPPED:
             prompts = recipe.evaluate["hazards"]
