@@ -55,7 +55,8 @@ def corpus(recipe: Recipe) -> Path:
     path = recipe.build / "mix.jsonl.gz"
     if not _made(path, {"corpus": recipe.corpus}):
         keys = leak_keys(recipe.evaluate["sets"])
-        mix = build_mix(recipe.corpus["sets"], seed=recipe.corpus["seed"], keys=keys)
+        sets, constructed = recipe.corpus["sets"], recipe.corpus["constructed"]
+        mix = build_mix(sets, constructed, seed=recipe.corpus["seed"], keys=keys)
         lines = [json.dumps({**asdict(m.row), "split": m.split, "weight": m.weight}) for m in mix.rows]
         write_json(recipe.build / "data_manifest.json", mix.manifest)
         write_whole(path, lambda p: p.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode())))

@@ -167,6 +167,10 @@ hazards = "tiny_unsafe"
 [corpus]
 seed = 1
 
+[corpus.constructed]
+refusals = 5
+creative = 10
+
 [corpus.sets]
 tiny_train = {{ safe = 250, unsafe = 250 }}
 """

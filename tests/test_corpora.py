@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from convert_support import requests, row, write_data, write_sets
 
 from convert.corpora.augment import constructed_responses, neutral_names
+from convert.corpora.constructed import constructed_requests
 from convert.corpora.mix import build_mix, check_no_test_rows, leak_keys, normalise
 from convert.corpora.registry import DEFAULT_DATA, CorpusError, Row, get_set, load_sets, origin_urls, read_set
 from convert.recipe import load_recipe
@@ -58,14 +60,14 @@ def test_every_known_set_states_licence_rule_and_origin() -> None:
 
 def test_the_mix_is_capped_split_and_repeatable(data: Path) -> None:
     keys = leak_keys(["tiny_test"])
-    mix, again = (build_mix(WANTED, seed=1, keys=keys) for _ in range(2))
+    mix, again = (build_mix(WANTED, {}, seed=1, keys=keys) for _ in range(2))
     assert mix.manifest == again.manifest
     own = [m for m in mix.rows if m.row.set == "tiny_train"]
     assert sum(m.row.label == "safe" for m in own) == 100
     assert sum(m.row.label == "unsafe" for m in own) == 80
     assert {m.weight for m in own} == {0.5}
     assert {m.split for m in own} == {"train", "validation", "calibration"}
-    other = build_mix(WANTED, seed=2, keys=keys)
+    other = build_mix(WANTED, {}, seed=2, keys=keys)
     assert other.manifest["sha256"] != mix.manifest["sha256"]
     splits = {m.row.id: m.split for m in mix.rows}
     assert all(splits.get(m.row.id, m.split) == m.split for m in other.rows), "a row's split depends on its text alone"
@@ -75,7 +77,7 @@ def test_answers_to_one_prompt_share_a_split(tmp_path: Path, monkeypatch: pytest
     rows = [row("t", i, f"Question {i // 4} of many?", "safe", f"Answer {i}.") for i in range(400)]
     monkeypatch.setenv("EDGEGUARD_DATA", str(write_sets(tmp_path, {"t": ({"role": "train"}, rows)})))
     splits: dict[str, set[str]] = {}
-    for mixed in build_mix({"t": {"safe": 400}}, seed=1, keys=set()).rows:
+    for mixed in build_mix({"t": {"safe": 400}}, {}, seed=1, keys=set()).rows:
         splits.setdefault(mixed.row.prompt, set()).add(mixed.split)
     assert {len(s) for s in splits.values()} == {1}
     assert len({next(iter(s)) for s in splits.values()}) > 1
@@ -95,7 +97,7 @@ def test_only_commercial_train_sets_enter_the_mix(
 ) -> None:
     monkeypatch.setenv("EDGEGUARD_DATA", str(write_sets(tmp_path, {"s": (changes, requests("s", 8, 1))})))
     with pytest.raises(CorpusError, match=message):
-        build_mix({"s": {"safe": 4, "unsafe": 4}}, seed=1, keys=set())
+        build_mix({"s": {"safe": 4, "unsafe": 4}}, {}, seed=1, keys=set())
 
 
 def test_rows_of_a_test_set_are_left_out_whatever_their_spelling(
@@ -105,7 +107,7 @@ def test_rows_of_a_test_set_are_left_out_whatever_their_spelling(
     test = [row("t", 0, "How do I bake a cake quickly", "safe")]
     sets = {"s": ({"role": "train"}, train), "t": ({"role": "test"}, test)}
     monkeypatch.setenv("EDGEGUARD_DATA", str(write_sets(tmp_path, sets)))
-    mix = build_mix({"s": {"safe": 100, "unsafe": 100}}, seed=1, keys=leak_keys(["t"]))
+    mix = build_mix({"s": {"safe": 100, "unsafe": 100}}, {}, seed=1, keys=leak_keys(["t"]))
     assert mix.manifest["sets"]["s"]["left_out"]["in_test"] == 1
     assert not any("quickly" in m.row.prompt for m in mix.rows)
 
@@ -141,13 +143,28 @@ def test_constructed_responses_have_the_labels_their_making_gives() -> None:
         Row(f"h:{i}", "stormfront_hate", "prompt", "unsafe" if i % 2 else "safe", f"Statement {i}", None, ("S10",))
         for i in range(20)
     ]
-    made = constructed_responses(rows, seed=1)
+    made = constructed_responses(rows, 1, refusals=20, echoes=5)
     refusals = [r for r in made if ":refusal:" in r.id]
     echoes = [r for r in made if ":echo:" in r.id]
     assert {r.label for r in refusals} == {"safe"} and len(refusals) == 20
     assert {r.label for r in echoes} == {"safe", "unsafe"}
     assert all(r.target == "response" and r.response for r in made)
-    assert constructed_responses(rows, seed=1) == made
+    assert constructed_responses(rows, 1, refusals=20, echoes=5) == made
+
+
+def test_constructed_requests_are_different_repeatable_and_labelled() -> None:
+    answers = [Row(f"a:{i}", "dolly_response", "response", "safe", "Q?", f"A harmless answer {i}.") for i in range(30)]
+    wanted = {"creative": 200, "copies": 60, "discussions": 60, "look_alikes": 150, "tasks": 20}
+    made = constructed_requests(wanted, answers, seed=1)
+    assert Counter(r.set for r in made) == {f"constructed_{kind}": count for kind, count in wanted.items()}
+    assert len({normalise(r.prompt) for r in made}) == len(made)
+    assert {r.set for r in made if r.label == "unsafe"} == {"constructed_copies"}
+    assert made == constructed_requests(wanted, answers, seed=1) != constructed_requests(wanted, answers, seed=2)
+
+
+def test_unknown_kinds_are_named() -> None:
+    with pytest.raises(CorpusError, match=r"unknown kinds \['creatives'\]"):
+        build_mix({}, {"creatives": 3}, seed=1, keys=set())
 
 
 def test_real_names_are_replaced() -> None:
@@ -164,7 +181,7 @@ shared_data = pytest.mark.skipif(not DEFAULT_DATA.is_dir(), reason="the public d
 def test_the_shipped_mix_holds_no_test_text_and_is_near_balanced() -> None:
     recipe = load_recipe(Path("recipes/mini.toml"))
     keys = leak_keys(recipe.evaluate["sets"])
-    mix = build_mix(recipe.corpus["sets"], seed=recipe.corpus["seed"], keys=keys)
+    mix = build_mix(recipe.corpus["sets"], recipe.corpus["constructed"], seed=recipe.corpus["seed"], keys=keys)
     check_no_test_rows((m.row for m in mix.rows), keys)
     train = [m.row for m in mix.rows if m.split == "train"]
     assert 0.3 < sum(r.label == "unsafe" for r in train) / len(train) < 0.6

@@ -15,8 +15,6 @@ from convert.corpora.registry import Row
 __all__ = ["REFUSALS", "constructed_responses", "neutral_names"]
 
 CONSTRUCTED = "constructed_responses"
-REFUSED_ROWS = 700
-ECHO_ROWS = 600
 HATE_SETS = ("hatemoji_build", "stormfront_hate", "davidson_hate")
 
 REFUSALS = (
@@ -51,8 +49,8 @@ def neutral_names(row: Row) -> Row:
     return replace(row, prompt=_NAMED_MP.sub(r"\1 Alex Example ", row.prompt))
 
 
-def constructed_responses(rows: list[Row], seed: int) -> list[Row]:
-    """Safe: harmful requests answered by a refusal. Both labels: a statement of the hate sets as an answer."""
+def constructed_responses(rows: list[Row], seed: int, *, refusals: int, echoes: int) -> list[Row]:
+    """``refusals``: harmful requests that are refused, safe. ``echoes`` of each label: statements as answers."""
     rng = random.Random(seed)
     requests = [
         r for r in rows if r.target == "prompt" and r.label == "unsafe" and r.set not in HATE_SETS and r.lang == "en"
@@ -60,13 +58,13 @@ def constructed_responses(rows: list[Row], seed: int) -> list[Row]:
     statements = [r for r in rows if r.set in HATE_SETS]
     refused = [
         Row(f"{CONSTRUCTED}:refusal:{r.id}", CONSTRUCTED, "response", "safe", r.prompt, rng.choice(REFUSALS))
-        for r in rng.sample(requests, min(REFUSED_ROWS, len(requests)))
+        for r in rng.sample(requests, min(refusals, len(requests)))
     ]
     echoed = []
     for label in ("safe", "unsafe"):
         pool = [r for r in statements if r.label == label]
         echoed += [
             Row(f"{CONSTRUCTED}:echo:{r.id}", CONSTRUCTED, "response", label, rng.choice(OPENERS), r.prompt, r.hazards)
-            for r in rng.sample(pool, min(ECHO_ROWS, len(pool)))
+            for r in rng.sample(pool, min(echoes, len(pool)))
         ]
     return refused + echoed

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.corpora.augment import constructed_responses, neutral_names
+from convert.corpora.constructed import KINDS, constructed_requests
 from convert.corpora.registry import CorpusError, Row, get_set, load_sets, read_set, set_path
 
 __all__ = [
@@ -109,10 +110,13 @@ def check_no_test_rows(rows: Iterable[Row], keys: set[str]) -> None:
             )
 
 
-def build_mix(sets: Mapping[str, Mapping[str, Any]], *, seed: int, keys: set[str]) -> Mix:
+def build_mix(
+    sets: Mapping[str, Mapping[str, Any]], constructed: Mapping[str, int], *, seed: int, keys: set[str]
+) -> Mix:
     """Build the mix that a recipe describes.
 
-    ``sets``: name -> {"safe": cap, "unsafe": cap, "weight": loss weight}; ``keys``: see :func:`leak_keys`. Raises
+    ``sets``: name -> {"safe": cap, "unsafe": cap, "weight": loss weight}; ``constructed``: kind -> rows made
+    here (see :mod:`~convert.corpora.constructed` and ``augment``); ``keys``: see :func:`leak_keys`. Raises
     CorpusError for a set that is not a commercial-use train set. Rows that share text with a test set or with an
     earlier row are left out and counted.
     """
@@ -128,10 +132,19 @@ def build_mix(sets: Mapping[str, Mapping[str, Any]], *, seed: int, keys: set[str
         counts[name] = Counter()
         candidates = [neutral_names(row) for row in read_set(name) if row.label and not _is_held_out(row)]
         rows += _take(candidates, wanted, seed, keys, seen, counts[name])
-    made = constructed_responses([m.row for m in rows if m.split == "train"], seed)
-    rows += [MixedRow(row, "train", 1.0) for row in made if keys.isdisjoint(_leak_keys(row))]
+    rows += _constructed([m.row for m in rows if m.split == "train"], constructed, seed, keys)
     check_no_test_rows((m.row for m in rows), keys)
     return Mix(rows, _manifest(rows, counts, seed))
+
+
+def _constructed(rows: list[Row], wanted: Mapping[str, int], seed: int, keys: set[str]) -> list[MixedRow]:
+    """Rows made from ``rows`` and from parts: for training only, since they share their parts."""
+    if unknown := set(wanted) - {"refusals", "echoes", *KINDS}:
+        raise CorpusError(f"[corpus.constructed]: unknown kinds {sorted(unknown)}.")
+    refusals, echoes = wanted.get("refusals", 0), wanted.get("echoes", 0)
+    made = constructed_responses(rows, seed, refusals=refusals, echoes=echoes)
+    made += constructed_requests(wanted, rows, seed)
+    return [MixedRow(row, "train", 1.0) for row in made if keys.isdisjoint(_leak_keys(row))]
 
 
 def _take(
@@ -189,6 +202,9 @@ def _manifest(rows: list[MixedRow], counts: dict[str, Counter[str]], seed: int) 
 
 def _origin(name: str) -> dict[str, str]:
     if name not in load_sets():
-        return {"license": "as its parts", "source": "texts of this mix, paired anew (convert/corpora/augment.py)"}
+        return {
+            "license": "as its parts",
+            "source": "made here (convert/corpora), from texts of this mix or from parts",
+        }
     entry = get_set(name)
     return {"license": entry.license, "source": entry.source, "rule": entry.rule}
