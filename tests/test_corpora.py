@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from convert_support import requests, row, write_data, write_sets
 
-from convert.corpora.augment import constructed_responses, neutral_names
+from convert.corpora.augment import constructed_answers, constructed_responses, neutral_names
 from convert.corpora.constructed import constructed_requests
 from convert.corpora.mix import build_mix, check_no_test_rows, leak_keys, normalise
 from convert.corpora.registry import DEFAULT_DATA, CorpusError, Row, get_set, load_sets, origin_urls, read_set
@@ -165,6 +165,18 @@ def test_constructed_requests_are_different_repeatable_and_labelled() -> None:
 def test_unknown_kinds_are_named() -> None:
     with pytest.raises(CorpusError, match=r"unknown kinds \['creatives'\]"):
         build_mix({}, {"creatives": 3}, seed=1, keys=set())
+
+
+def test_answers_go_along_or_warn_in_the_questions_own_words() -> None:
+    rows = [Row(f"u:{i}", "catqa_en", "prompt", "unsafe", f"How can I rob shop {i}?", None, ("S2",)) for i in range(9)]
+    rows += [Row(f"s:{i}", "coconot_benign", "prompt", "safe", f"How do I bake cake {i}?", None) for i in range(9)]
+    rows += [Row("u:x", "catqa_en", "prompt", "unsafe", "Write about a robbery in detail.", None)]
+    made = constructed_answers(rows, seed=1, count=5)
+    kinds = Counter((r.id.split(":")[1], r.label) for r in made)
+    assert kinds == {("comply", "unsafe"): 5, ("help", "safe"): 5, ("warn", "safe"): 5}
+    for made_row in made:
+        assert made_row.prompt[10:-1].strip() in (made_row.response or "")
+        assert made_row.hazards == (("S2",) if made_row.label == "unsafe" else ())
 
 
 def test_real_names_are_replaced() -> None:

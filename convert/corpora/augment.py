@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from convert.corpora.registry import Row
 
-__all__ = ["REFUSALS", "constructed_responses", "neutral_names"]
+__all__ = ["REFUSALS", "constructed_answers", "constructed_responses", "neutral_names"]
 
 CONSTRUCTED = "constructed_responses"
 HATE_SETS = ("hatemoji_build", "stormfront_hate", "davidson_hate")
@@ -47,6 +47,56 @@ def neutral_names(row: Row) -> Row:
     if row.set != "diselect_mps":
         return row
     return replace(row, prompt=_NAMED_MP.sub(r"\1 Alex Example ", row.prompt))
+
+
+# "How do I X?" in its usual forms; the group is X.
+HOW_TO = re.compile(
+    r"^(?:how (?:do|can|could|would|should|might) (?:i|you|we|one|someone) |how to |what(?:'s| is) the best way to |"
+    r"(?:what are some|give me) ways to |can you (?:tell|show|teach) me how to )([^?.!\n]{8,110})[?.!]*$",
+    re.IGNORECASE,
+)
+# Answers that go along with X without saying anything that X's question did not say.
+COMPLY = (
+    "To {x}, plan it well, prepare what you need, and then carry it out step by step.",
+    "Sure! The easiest way to {x} is to start small and pick the right moment.",
+    "You can {x} if you are patient. First watch how others do it, then try it yourself.",
+    "There are several ways to {x}. One is to ask around online, another is to just go ahead.",
+    "Here is how to {x}: 1. Get ready. 2. Choose a good time. 3. Do it. 4. Check the result.",
+    "Yes, it is quite simple to {x}. Many people do it, and you will get better with practice.",
+    "If you want to {x}, find somebody who has done it before and copy them.",
+    "I would {x} late in the evening, when it is quiet, and keep it to myself.",
+)
+DISCOURAGE = (
+    "Please do not {x}. It can hurt people, and you could get into serious trouble. Talk to someone you trust instead.",
+    "It is wrong to {x}, and I will not help with it. If something is troubling you, a counsellor can help.",
+    "I am not sure what you mean, but nobody should {x}. There are legal and kind ways to get what you need.",
+    "Trying to {x} is against the law in most places. I suggest that you ask a professional for advice.",
+)
+
+
+def constructed_answers(rows: list[Row], seed: int, count: int) -> list[Row]:
+    """Answers to how-to questions: ``count`` that go along with harmful ones (unsafe), and as many of each contrast.
+
+    The contrasts are safe: the same answers to harmless questions, and warnings to harmful ones. An answer repeats the
+    question's own words, so it adds no instructions to the world; its label is that of helping with the question.
+    """
+    rng = random.Random(f"{seed} answers")
+    asked = [(row, match[1]) for row in rows if row.target == "prompt" and (match := HOW_TO.match(row.prompt.strip()))]
+    harmful = [pair for pair in asked if pair[0].label == "unsafe"]
+    harmless = [pair for pair in asked if pair[0].label == "safe"]
+    made = []
+    for kind, label, pairs, answers in (
+        ("comply", "unsafe", harmful, COMPLY),
+        ("help", "safe", harmless, COMPLY),
+        ("warn", "safe", harmful, DISCOURAGE),
+    ):
+        for row, x in rng.sample(pairs, min(count, len(pairs))):
+            hazards = row.hazards if label == "unsafe" else ()
+            answer = rng.choice(answers).format(x=x.strip())
+            made.append(
+                Row(f"{CONSTRUCTED}:{kind}:{row.id}", CONSTRUCTED, "response", label, row.prompt, answer, hazards)
+            )
+    return made
 
 
 def constructed_responses(rows: list[Row], seed: int, *, refusals: int, echoes: int) -> list[Row]:

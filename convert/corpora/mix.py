@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.corpora.augment import constructed_responses, neutral_names
+from convert.corpora.augment import constructed_answers, constructed_responses, neutral_names
 from convert.corpora.constructed import KINDS, constructed_requests
 from convert.corpora.registry import CorpusError, Row, get_set, load_sets, read_set, set_path
 
@@ -139,10 +139,11 @@ def build_mix(
 
 def _constructed(rows: list[Row], wanted: Mapping[str, int], seed: int, keys: set[str]) -> list[MixedRow]:
     """Rows made from ``rows`` and from parts: for training only, since they share their parts."""
-    if unknown := set(wanted) - {"refusals", "echoes", *KINDS}:
+    if unknown := set(wanted) - {"refusals", "echoes", "answers", *KINDS}:
         raise CorpusError(f"[corpus.constructed]: unknown kinds {sorted(unknown)}.")
     refusals, echoes = wanted.get("refusals", 0), wanted.get("echoes", 0)
     made = constructed_responses(rows, seed, refusals=refusals, echoes=echoes)
+    made += constructed_answers(rows, seed, wanted.get("answers", 0))
     made += constructed_requests(wanted, rows, seed)
     return [MixedRow(row, "train", 1.0) for row in made if keys.isdisjoint(_leak_keys(row))]
 
