@@ -86,6 +86,8 @@ def measure_set(rows: Sequence[Row], logits: NDArray[Any], fitted: Fitted) -> di
         metrics = evaluate(labels, p_unsafe, fitted.thresholds(point, targets)).to_dict()
         if labels.all():  # F1 and precision of a set without safe rows say nothing that recall does not
             metrics["f1"] = metrics["precision"] = metrics["intervals"]["f1"] = None
+        if not labels.any():  # every alarm is a false one there: the FPR says it
+            metrics["precision"] = None
         figures[point] = metrics
     return {"target": targets[0], "n": len(rows), "points": figures}
 

@@ -72,6 +72,14 @@ def test_a_set_without_safe_rows_has_recall_only(calibration: tuple[list[Row], N
     assert "| mine | prompt | 20 (20) | – | – | 1.000" in comparison_table(report, "balanced", "s")
 
 
+def test_a_set_without_unsafe_rows_has_fpr_only(calibration: tuple[list[Row], NDArray[np.float32]]) -> None:
+    fitted = fit_stage(*calibration)
+    rows = [row for row in _rows(40) if row.label == "safe"]
+    entry = measure_set(rows, _logits(rows, 1.0, 3.0), fitted)["points"]["balanced"]
+    assert 0 < entry["fpr"] < 1
+    assert entry["f1"] is entry["precision"] is entry["recall"] is entry["auprc"] is None
+
+
 def test_hazards_are_counted_by_their_own_rows(calibration: tuple[list[Row], NDArray[np.float32]]) -> None:
     fitted = fit_stage(*calibration)
     rows = [row for row in _rows(20) + _rows(20, hazard="S2") if row.label == "unsafe"]
