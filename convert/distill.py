@@ -49,12 +49,16 @@ def label_loss(hazard_weight: float) -> Loss:
     """Cross entropy of safe against unsafe, plus ``hazard_weight`` times the hazards' loss; weighted by row."""
 
     def loss(student: Student, batch: Batch) -> Tensor:
-        logits = student(batch.ids, batch.mask)
-        verdict = nn.functional.cross_entropy(logits[:, :2], batch.unsafe.long(), reduction="none")
-        rows = verdict + hazard_weight * _hazard_loss(logits[:, 2:], batch)
-        return (rows * batch.weight).sum() / batch.weight.sum()
+        return _labelled(student(batch.ids, batch.mask), batch, hazard_weight)
 
     return loss
+
+
+def _labelled(logits: Tensor, batch: Batch, hazard_weight: float) -> Tensor:
+    """The mean over a batch's rows of :func:`label_loss`."""
+    verdict = nn.functional.cross_entropy(logits[:, :2], batch.unsafe.long(), reduction="none")
+    rows = verdict + hazard_weight * _hazard_loss(logits[:, 2:], batch)
+    return (rows * batch.weight).sum() / batch.weight.sum()
 
 
 def _hazard_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -67,8 +71,11 @@ def _hazard_loss(logits: Tensor, batch: Batch) -> Tensor:
     return (absent + present) * batch.hazards_known
 
 
-def qat_loss(target: Student, hidden_weight: float) -> Loss:
-    """Match ``target`` (float32): KL of the verdict, its margin and hazard logits, and its last hidden state."""
+def qat_loss(target: Student, *, hidden_weight: float, label_weight: float, hazard_weight: float) -> Loss:
+    """Match ``target`` (float32): KL of the verdict, its margin and hazard logits, and its last hidden state.
+
+    ``label_weight`` times :func:`label_loss` comes on top, so that what rounding has unlearned is learned again.
+    """
     target.eval()
 
     def loss(student: Student, batch: Batch) -> Tensor:
@@ -83,7 +90,8 @@ def qat_loss(target: Student, hidden_weight: float) -> Loss:
         margin = nn.functional.smooth_l1_loss(logits[:, 1] - logits[:, 0], wanted[:, 1] - wanted[:, 0])
         hazards = nn.functional.binary_cross_entropy_with_logits(logits[:, 2:], wanted[:, 2:].sigmoid())
         scale = wanted_hidden.pow(2).mean().clamp(min=1e-6)
-        return verdict + 0.1 * margin + hazards + hidden_weight * (hidden - wanted_hidden).pow(2).mean() / scale
+        matched = verdict + 0.1 * margin + hazards + hidden_weight * (hidden - wanted_hidden).pow(2).mean() / scale
+        return matched + label_weight * _labelled(logits, batch, hazard_weight)
 
     return loss
 

@@ -122,7 +122,13 @@ def qat(recipe: Recipe) -> Path:
             **recipe.qat,
             "max_tokens": recipe.train["max_tokens"],
         }
-        _run(recipe, table, student, qat_loss(target, recipe.qat["hidden_weight"]), folder)
+        loss = qat_loss(
+            target,
+            hidden_weight=recipe.qat["hidden_weight"],
+            label_weight=recipe.qat["label_weight"],
+            hazard_weight=recipe.train["hazard_weight"],
+        )
+        _run(recipe, table, student, loss, folder)
     return folder / "final"
 
 

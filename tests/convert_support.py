@@ -7,7 +7,10 @@ import hashlib
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 # One word decides the label, so that a tiny student learns it in seconds.
 SAFE_VERBS = ("bake", "paint", "repair", "clean", "draw", "grow")
@@ -77,11 +80,27 @@ def write_data(folder: Path) -> Path:
     )
 
 
+def llama_config(vocab_size: int, **changes: object) -> LlamaConfig:
+    """The shape of a Llama small enough for a test; ``changes`` go over it."""
+    from transformers import LlamaConfig
+
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "use_cache": False,
+    }
+    return LlamaConfig(vocab_size=vocab_size, **{**shape, **changes})
+
+
 def write_base(folder: Path) -> Path:
-    """A random two-layer Llama with a byte-level tokenizer and ChatML markers, as a transformers folder."""
+    """A random three-layer Llama with a byte-level tokenizer and ChatML markers, as a transformers folder."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,16 +115,7 @@ def write_base(folder: Path) -> Path:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True)])
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=True,
-    )
+    config = llama_config(tokenizer.get_vocab_size(), num_hidden_layers=3, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
@@ -147,6 +157,7 @@ steps = 20
 learning_rate = 1e-3
 warmup = 0.1
 hidden_weight = 0.1
+label_weight = 0.5
 evaluate_every = 20
 checkpoint_every = 10
 seed = 2

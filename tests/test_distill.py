@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from convert_support import llama_config
 
 torch = pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
 transformers = pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
@@ -22,17 +23,7 @@ S1 = (1, *NONE[1:])
 
 def _student(seed: int = 0) -> Student:
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        use_cache=False,
-    )
-    return Student(config)
+    return Student(llama_config(64))
 
 
 def _examples(count: int = 60) -> list[Example]:
@@ -116,13 +107,25 @@ def test_qat_loss_is_zero_at_its_target_only() -> None:
     torch.nn.init.normal_(target.head.weight)
     other.head.load_state_dict(target.head.state_dict())
     batch = collate(_examples(8), 0)
-    loss = qat_loss(target, hidden_weight=0.1)
+    loss = qat_loss(target, hidden_weight=0.1, label_weight=0.0, hazard_weight=0.3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         hazards = torch.nn.functional.binary_cross_entropy_with_logits
         wanted = target(batch.ids, batch.mask)[:, 2:]
         entropy = hazards(wanted, wanted.sigmoid())  # cross entropy does not fall below the target's own entropy
         assert float(loss(target, batch)) == pytest.approx(float(entropy), abs=1e-4)
         assert float(loss(other, batch)) > float(entropy) + 0.01
+
+
+def test_qat_loss_adds_the_labels_by_their_weight() -> None:
+    target, student = _student(), _student(1)
+    torch.nn.init.normal_(target.head.weight)
+    batch = collate(_examples(8), 0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        without, half = (
+            float(qat_loss(target, hidden_weight=0.1, label_weight=w, hazard_weight=0.3)(student, batch))
+            for w in (0.0, 0.5)
+        )
+        assert half - without == pytest.approx(0.5 * float(label_loss(0.3)(student, batch)), rel=1e-3)
 
 
 def test_training_learns(tmp_path: Path) -> None:

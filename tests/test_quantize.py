@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from convert_support import llama_config
 from numpy.typing import NDArray
 
 from convert.quantize import GROUP_SIZE, Int4Weight, quantize_int4
@@ -194,15 +195,7 @@ def test_siblings_share_one_quantized_input(torch: Any, fake_quant: Any, monkeyp
 def test_llama_is_switched_and_switched_back(torch: Any, fake_quant: Any) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = transformers.LlamaModel(config).eval()
+    model = transformers.LlamaModel(llama_config(50)).eval()
     ids = torch.arange(10)[None]
     parameters, plain = dict(model.named_parameters()), model(ids).last_hidden_state
     fake_quant.enable_qat(model, activations=False)
