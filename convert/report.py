@@ -139,8 +139,8 @@ returns the probability that it is unsafe and one per MLCommons hazard (S1..S14)
 {_points_table(manifest)}
 
 ## What INT4 costs
-F1 at `balanced`, each stage calibrated on its own margins; a positive figure is a loss. The float32 student was
-measured on the sets of this table and on those that its entry in `report.json` names.
+F1 at `balanced`, each stage calibrated on its own margins; a positive figure is a loss. Sets of one class have no F1;
+all figures of the float32 student are in `report.json`.
 
 {_loss_table(report)}
 

@@ -229,8 +229,7 @@ def evaluate(recipe: Recipe) -> Path:
     rows = evaluation_rows(recipe)
     report: dict[str, Any] = {"policy": POLICY, "data": data_revisions(list(rows)), "stages": {}}
     for stage in stages(recipe):
-        names = list(rows) if stage.name == SHIPPED else recipe.evaluate["reference_sets"]
-        fitted, sets, scores = measure(recipe, stage, {name: rows[name] for name in names})
+        fitted, sets, scores = measure(recipe, stage, rows)
         report["stages"][stage.name] = {"weights_sha256": stage.key, **fitted.to_dict(), "sets": sets}
         if stage.name == SHIPPED:
             prompts = recipe.evaluate["hazards"]

@@ -171,7 +171,6 @@ sets = ["tiny_calibration"]
 
 [evaluate]
 sets = ["tiny_test", "tiny_unsafe"]
-reference_sets = ["tiny_test"]
 curves = ["tiny_test"]
 hazards = "tiny_unsafe"
 
