@@ -46,6 +46,10 @@ class Batch:
     hazards_known: Tensor
     weight: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
 
 def encode_rows(
     rows: Sequence[Row],
