@@ -24,7 +24,7 @@ from convert.files import write_whole
 from convert.student import Student, best_device
 from edgeguard.metrics import average_precision
 
-__all__ = ["Loss", "Settings", "Trainer", "label_loss", "qat_loss", "score"]
+__all__ = ["Loss", "Settings", "Trainer", "label_loss", "qat_loss", "score", "teacher_loss"]
 
 Loss = Callable[[Student, Batch], Tensor]
 
@@ -50,6 +50,36 @@ def label_loss(hazard_weight: float) -> Loss:
 
     def loss(student: Student, batch: Batch) -> Tensor:
         return _labelled(student(batch.ids, batch.mask), batch, hazard_weight)
+
+    return loss
+
+
+def teacher_loss(*, temperature: float, label_weight: float, hazard_weight: float, benign_weight: float) -> Loss:
+    """Match the teacher's margins; a row's own label counts beside it.
+
+    Per row: KL of the verdict at ``temperature`` (times its square, Hinton et al. 2015, arXiv 1503.02531), where a
+    teacher judged the row; ``label_weight`` times the cross entropy of its label, unless a teacher judged the row and the
+    label is one by construction, which yields; all of the label where no teacher judged; ``hazard_weight`` times the
+    hazards' loss; ``benign_weight`` times the probability that a safe row is called unsafe, which pushes down the rows
+    that are false alarms and leaves alone those that are not.
+    """
+
+    def loss(student: Student, batch: Batch) -> Tensor:
+        logits = student(batch.ids, batch.mask)
+        margin = logits[:, 1] - logits[:, 0]
+        wanted = torch.sigmoid(batch.teacher / temperature)
+        told = nn.functional.binary_cross_entropy_with_logits(margin / temperature, wanted, reduction="none")
+        entropy = nn.functional.binary_cross_entropy(wanted, wanted, reduction="none")
+        unsafe = batch.unsafe.float()
+        label = nn.functional.binary_cross_entropy_with_logits(margin, unsafe, reduction="none")
+        share = torch.where(batch.taught > 0, label_weight * batch.trusted, torch.ones_like(label))
+        rows = (
+            batch.taught * temperature**2 * (told - entropy)
+            + share * label
+            + hazard_weight * _hazard_loss(logits[:, 2:], batch)
+            + benign_weight * (1 - unsafe) * margin.sigmoid()
+        )
+        return (rows * batch.weight).sum() / batch.weight.sum()
 
     return loss
 

@@ -18,8 +18,6 @@ from edgeguard.errors import EdgeguardError
 
 __all__ = ["TrimError", "tokens_lost", "trim_base", "trim_tokenizer"]
 
-ROW_MULTIPLE = 32  # embedding rows, so that products over the vocabulary stay aligned
-
 
 class TrimError(EdgeguardError):
     """The vocabulary cannot be trimmed."""
@@ -53,14 +51,9 @@ def trim_tokenizer(tokenizer_json: str, texts: Iterable[str], *, min_count: int)
     if unk := model.get("unk_token"):
         kept.add(unk)
     old_ids = sorted(vocab[token] for token in kept)
-    spare = [i for i in sorted(by_id) if by_id[i] not in kept]
-    while len(old_ids) % ROW_MULTIPLE and spare:  # single tokens of one merge above what is kept, if there are any
-        old_ids.append(spare.pop(0))
-    old_ids.sort()
-    names = {by_id[i] for i in old_ids}
     new_ids = {by_id[old]: new for new, old in enumerate(old_ids)}
     model["vocab"] = new_ids
-    model["merges"] = [list(pair) for pair in merges if {*pair, "".join(pair)} <= names]
+    model["merges"] = [list(pair) for pair in merges if {*pair, "".join(pair)} <= kept]
     for token in data["added_tokens"]:
         token["id"] = new_ids[token["content"]]
     _renumber_post_processor(data.get("post_processor"), new_ids)

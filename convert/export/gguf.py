@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.export.onnx_graph import StudentConfig
+from convert.export.onnx_graph import StudentConfig, Weights
 from convert.files import write_whole
-from convert.quantize import Int4Weight, quantize_int4
+from convert.quantize import Int4Weight, as_int4
 from edgeguard.errors import EdgeguardError
 
 __all__ = ["GgufError", "GgufStudent", "read_gguf", "write_gguf"]
@@ -59,7 +59,7 @@ class GgufStudent:
 
 
 def write_gguf(
-    weights: Mapping[str, NDArray[Any]],
+    weights: Weights,
     config: StudentConfig,
     labels: Sequence[str],
     tokenizer_json: str,
@@ -87,12 +87,13 @@ def write_gguf(
         for part in ("weight", "bias"):
             writer.add_array(f"edgeguard.head.{part}", np.asarray(weights[f"head.{part}"], np.float32).ravel().tolist())
         for name, gguf_name in _names(config.num_layers).items():
-            array = np.asarray(weights[name], np.float32)
-            if array.ndim == 1:
-                writer.add_tensor(gguf_name, array)
+            weight = weights[name]
+            if len(weight.shape) == 1:
+                writer.add_tensor(gguf_name, np.asarray(weight, np.float32))
                 continue
-            array = _permuted(array, _heads(name, config))
-            writer.add_tensor(gguf_name, quantize_int4(array).pack_q4_0(), raw_dtype=GGMLQuantizationType.Q4_0)
+            int4, heads = as_int4(weight), _heads(name, config)
+            moved = Int4Weight(_permuted(int4.nibbles, heads), _permuted(int4.scales, heads))
+            writer.add_tensor(gguf_name, moved.pack_q4_0(), raw_dtype=GGMLQuantizationType.Q4_0)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
