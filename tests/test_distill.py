@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -13,7 +14,16 @@ torch = pytest.importorskip("torch", reason="the conversion layer needs edgeguar
 transformers = pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
 
 from convert.batches import Batch, Example, batches, collate, training_batches  # noqa: E402
-from convert.distill import Settings, Trainer, _hazard_loss, label_loss, qat_loss, score  # noqa: E402
+from convert.distill import (  # noqa: E402
+    Loss,
+    Settings,
+    Trainer,
+    _hazard_loss,
+    label_loss,
+    qat_loss,
+    score,
+    teacher_loss,
+)
 from convert.student import Student  # noqa: E402
 from edgeguard.taxonomy import HAZARDS  # noqa: E402
 
@@ -85,6 +95,9 @@ def test_hazard_loss_is_noisy_or() -> None:
         hazards=two,
         hazards_known=torch.tensor([1.0, 1.0, 0.0]),
         weight=torch.ones(3),
+        teacher=torch.zeros(3),
+        taught=torch.zeros(3),
+        trusted=torch.ones(3),
     )
     loss = _hazard_loss(logits, batch).tolist()
     # p = 1/2 everywhere: at least one of two holds with 3/4, each of the other twelve is absent with 1/2.
@@ -126,6 +139,40 @@ def test_qat_loss_adds_the_labels_by_their_weight() -> None:
             for w in (0.0, 0.5)
         )
         assert half - without == pytest.approx(0.5 * float(label_loss(0.3)(student, batch)), rel=1e-3)
+
+
+def _margins(loss: Loss, batch: Batch, margins: list[float]) -> float:
+    """``loss`` of a student that gives these margins whatever it reads."""
+
+    class Fixed(torch.nn.Module):
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            half = torch.tensor(margins) / 2
+            return torch.cat([torch.stack([-half, half], 1), torch.full((len(half), len(HAZARDS)), -40.0)], 1)
+
+    return float(loss(Fixed(), batch))  # type: ignore[arg-type]
+
+
+def test_teacher_loss_weighs_teacher_label_and_false_alarms() -> None:
+    def batch(**fields: object) -> Batch:
+        return collate([dataclasses.replace(_examples(1)[0], hazards_known=False, **fields)], 0)  # type: ignore[arg-type]
+
+    def loss(**weights: float) -> Loss:
+        return teacher_loss(
+            **{"temperature": 2.0, "label_weight": 0.0, "hazard_weight": 0.0, "benign_weight": 0.0, **weights}
+        )
+
+    taught = batch(teacher=3.0)
+    assert _margins(loss(), taught, [3.0]) == pytest.approx(0, abs=1e-6)
+    p, q = 1 / (1 + math.exp(-1.5)), 0.5
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert _margins(loss(), taught, [0.0]) == pytest.approx(4 * kl, rel=1e-5)
+    # The label (safe) counts beside the teacher by its weight, unless it is one by construction; alone it counts whole.
+    safe = math.log(1 + math.exp(3.0))
+    assert _margins(loss(label_weight=0.5), taught, [3.0]) == pytest.approx(0.5 * safe, rel=1e-5)
+    assert _margins(loss(label_weight=0.5), batch(teacher=3.0, trusted=False), [3.0]) == pytest.approx(0, abs=1e-6)
+    assert _margins(loss(label_weight=0.5), batch(trusted=False), [3.0]) == pytest.approx(safe, rel=1e-5)
+    assert _margins(loss(benign_weight=0.7), taught, [3.0]) == pytest.approx(0.7 / (1 + math.exp(-3.0)), rel=1e-5)
+    assert _margins(loss(benign_weight=0.7), batch(teacher=3.0, unsafe=True), [3.0]) == pytest.approx(0, abs=1e-6)
 
 
 def test_training_learns(tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from convert.quantize import GROUP_SIZE, Int4Weight, quantize_int4
+from convert.quantize import GROUP_SIZE, Int4Weight, as_int4
 
-__all__ = ["StudentConfig", "build_guard_graph"]
+__all__ = ["StudentConfig", "Weights", "build_guard_graph"]
+
+Weights = Mapping[str, NDArray[Any] | Int4Weight]
 
 OPSET = 21  # the first with INT4 tensors
 IR_VERSION = 10  # the one of that opset; onnxruntime 1.20 reads it
@@ -96,11 +98,12 @@ class StudentConfig:
 
 
 def build_guard_graph(
-    weights: Mapping[str, NDArray[Any]], config: StudentConfig, *, int4: bool = True, accuracy_level: int = 4
+    weights: Weights, config: StudentConfig, *, int4: bool = True, accuracy_level: int = 4
 ) -> onnx.ModelProto:
     """Build the graph of a student.
 
-    ``weights``: float arrays with the names and shapes of ``config.shapes()``. Inputs of the graph: ``input_ids`` and
+    ``weights``: float arrays with the names and shapes of ``config.shapes()``; a matrix may be an Int4Weight, whose
+    integers are then kept. Inputs of the graph: ``input_ids`` and
     ``attention_mask``, int64 [batch, length], 1 = token, padding on the right, length at most ``config.max_tokens``.
     Output: ``logits`` float32 [batch, head_size] of each row's last real token; every row needs one.
 
@@ -113,7 +116,7 @@ def build_guard_graph(
     return graph.model()
 
 
-def _check_weights(weights: Mapping[str, NDArray[Any]], config: StudentConfig) -> None:
+def _check_weights(weights: Weights, config: StudentConfig) -> None:
     """Refuse what would otherwise be left out in silence: a layer too many, a bias, a missing name."""
     shapes = config.shapes()
     missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
@@ -135,7 +138,7 @@ class _Graph:
     """Nodes and initializers of one student. Every method that adds nodes returns the name of the result."""
 
     def __init__(
-        self, weights: Mapping[str, NDArray[Any]], config: StudentConfig, *, int4: bool, accuracy_level: int
+        self, weights: Weights, config: StudentConfig, *, int4: bool, accuracy_level: int
     ) -> None:
         self.weights, self.config, self.int4, self.accuracy_level = weights, config, int4, accuracy_level
         self.nodes: list[onnx.NodeProto] = []
@@ -202,13 +205,13 @@ class _Graph:
         self._node("Unsqueeze", [bias, self._constant("axes_1_2", [1, 2])], "key_bias")  # [batch, 1, 1, length]
 
     def _embedding(self, ids: str) -> str:
-        weight = self._array("model.embed_tokens.weight")
+        name = "model.embed_tokens.weight"
         if not self.int4:
-            return self._node("Gather", [self._initializer("embedding", weight), ids], "embedded")
-        quantized = quantize_int4(weight)
+            return self._node("Gather", [self._initializer("embedding", self._array(name)), ids], "embedded")
+        quantized = as_int4(self.weights[name])
         # INT4 is two's complement: nibble - 8 is the nibble with its highest bit turned over, in both halves of a byte.
         packed = (quantized.pack_matmulnbits() ^ np.uint8(0x88)).tobytes()
-        data = helper.make_tensor("embedding.int4", TensorProto.INT4, weight.shape, packed, raw=True)
+        data = helper.make_tensor("embedding.int4", TensorProto.INT4, quantized.shape, packed, raw=True)
         self.initializers[data.name] = data
         return self._node(
             "GatherBlockQuantized",
@@ -296,12 +299,12 @@ class _Graph:
 
     def _linear(self, name: str, x: str, *weights: str) -> str:
         """``x`` times the transposed weights, side by side: several that read the same input are one product."""
-        weight = np.concatenate([self._array(w) for w in weights])
         if not self.int4:
+            weight = np.concatenate([self._array(w) for w in weights])
             return self._node("MatMul", [x, self._initializer(f"{name}.weight", weight.T)], name)
-        quantized = quantize_int4(weight)
+        quantized = Int4Weight.stack([as_int4(self.weights[w]) for w in weights])
         inputs = [x, self._initializer(f"{name}.int4", quantized.pack_matmulnbits()), self._scales(name, quantized)]
-        rows, columns = weight.shape
+        rows, columns = quantized.shape
         return self._node(
             "MatMulNBits",
             inputs,
@@ -341,7 +344,8 @@ class _Graph:
         return [f"model.layers.{layer}.self_attn.{letter}_proj.weight" for letter in letters]
 
     def _array(self, name: str) -> NDArray[np.float32]:
-        return np.asarray(self.weights[name], dtype=np.float32)
+        weight = self.weights[name]
+        return weight.dequantize() if isinstance(weight, Int4Weight) else np.asarray(weight, dtype=np.float32)
 
     def _float(self, name: str) -> str:
         return self._initializer(name, self._array(name))

@@ -1,0 +1,137 @@
+"""Teacher scores: a file of one JSON object a row, which grows while a teacher judges and is gone on with.
+
+    {"id": "set:row", "p_unsafe": 0.93, "margin": 2.6, "hazards": {"S2": 0.7}, "teacher": "...", "template_hash": "..."}
+
+``margin`` is the log-odds of unsafe, ``hazards`` the probability of each hazard given that the text is unsafe (empty
+where the teacher names none). Scores of two teachers, or of one asked in two ways, never share a file.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import click
+
+from convert.corpora.registry import Row
+from convert.teachers.formats import TeacherError
+from convert.teachers.judge import Judgement
+
+__all__ = ["Score", "Teacher", "label_rows", "read_scores"]
+
+SHOW_EVERY_S = 15.0
+POOL_BATCHES = 50
+
+
+class Teacher(Protocol):
+    """What labels rows: see :class:`convert.teachers.judge.Judge` and :mod:`convert.teachers.trained`."""
+
+    name: str
+    template_hash: str
+
+    def length(self, row: Row) -> int:
+        """Tokens of a row, for batches of like lengths."""
+
+    def judge(self, rows: Sequence[Row]) -> list[Judgement]:
+        """One judgement a row, in order."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of a score file."""
+
+    id: str
+    p_unsafe: float
+    margin: float
+    hazards: Mapping[str, float]
+    teacher: str
+    template_hash: str
+
+
+def read_scores(path: Path) -> dict[str, Score]:
+    """Scores by row id. Raises TeacherError for a damaged line, or for lines of more than one teacher."""
+    scores: dict[str, Score] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            score = Score(**json.loads(line))
+            score = Score(**{**asdict(score), "margin": float(score.margin), "p_unsafe": float(score.p_unsafe)})
+        except (ValueError, TypeError) as error:
+            raise TeacherError(f"{path}: line {number} is no score ({error}). Expected an object as in {__name__}.") from error
+        if not 0 <= score.p_unsafe <= 1:
+            raise TeacherError(f"{path}: line {number}: p_unsafe is {score.p_unsafe}, expected 0 to 1.")
+        scores[score.id] = score
+    judges = {(s.teacher, s.template_hash) for s in scores.values()}
+    if len(judges) > 1:
+        raise TeacherError(f"{path}: mixes the teachers {sorted(judges)}. Keep one file a teacher.")
+    return scores
+
+
+def label_rows(teacher: Teacher, rows: Sequence[Row], path: Path, *, tokens: int = 4096) -> dict[str, Score]:
+    """Judge the rows that ``path`` has no score for, batches of ``tokens`` tokens at a time; returns all scores.
+
+    Each batch is on disk before the next begins; a line that was being written when a run died is dropped. Raises
+    TeacherError when ``path`` holds another teacher's scores.
+    """
+    done = _resume(teacher, path)
+    todo = [row for row in rows if row.id not in done]
+    started = shown = time.monotonic()
+    count = 0
+    with path.open("a", encoding="utf-8") as stream:
+        for batch in _batches(teacher, todo, tokens):
+            for row, judgement in zip(batch, teacher.judge(batch), strict=True):
+                score = _score(teacher, row, judgement)
+                done[row.id] = score
+                stream.write(json.dumps(asdict(score)) + "\n")
+            stream.flush()
+            count += len(batch)
+            if time.monotonic() - shown > SHOW_EVERY_S:
+                shown = time.monotonic()
+                rate = count / (shown - started)
+                left = (len(todo) - count) / rate / 60
+                click.echo(f"{teacher.name}: {count}/{len(todo)} rows, {rate:.1f} rows/s, {left:.0f} min left", err=True)
+    return {row.id: done[row.id] for row in rows}
+
+
+def _resume(teacher: Teacher, path: Path) -> dict[str, Score]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return {}
+    whole = path.read_bytes()
+    if not whole.endswith(b"\n"):
+        with path.open("rb+") as stream:
+            stream.truncate(whole.rfind(b"\n") + 1)
+    done = read_scores(path)
+    for score in done.values():
+        if (score.teacher, score.template_hash) != (teacher.name, teacher.template_hash):
+            raise TeacherError(
+                f"{path}: holds scores of {score.teacher} ({score.template_hash[:12]}), not of {teacher.name} "
+                f"({teacher.template_hash[:12]}). Choose another file, or remove this one."
+            )
+        break
+    return done
+
+
+def _score(teacher: Teacher, row: Row, judgement: Judgement) -> Score:
+    hazards = {code: round(p, 5) for code, p in judgement.hazards.items()}
+    return Score(
+        row.id, round(judgement.p_unsafe, 7), round(judgement.margin, 5), hazards, teacher.name, teacher.template_hash
+    )
+
+
+def _batches(teacher: Teacher, rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
+    """Batches of like lengths: rows are sorted within pools, so that the file grows from the start."""
+    pool = POOL_BATCHES * 8
+    for start in range(0, len(rows), pool):
+        lengths = sorted(((teacher.length(row), i) for i, row in enumerate(rows[start : start + pool])))
+        batch: list[Row] = []
+        for length, i in lengths:
+            if batch and (len(batch) + 1) * length > tokens:
+                yield batch
+                batch = []
+            batch.append(rows[start + i])
+        if batch:
+            yield batch
