@@ -47,6 +47,7 @@ def _step(name: str, help_text: str) -> None:
 for _name, _help in {
     "base": "Fetch the base model and check its checksum.",
     "corpus": "Build the training mix and put the calibration split aside.",
+    "teacher": "Fetch or train the teacher.",
     "train": "Train the float32 student on labels.",
     "qat": "Quantization-aware steps on the INT4 grid.",
     "export": "Write the INT4 ONNX and compare it with the torch model.",

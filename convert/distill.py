@@ -22,9 +22,16 @@ from torch import Tensor, nn
 from convert.batches import Batch, Example, batches, collate, training_batches
 from convert.files import write_whole
 from convert.student import Student, best_device
+from edgeguard.errors import EdgeguardError
 from edgeguard.metrics import average_precision
 
-__all__ = ["Loss", "Settings", "Trainer", "label_loss", "qat_loss", "score", "teacher_loss"]
+__all__ = ["CheckpointError", "Loss", "Settings", "Trainer", "label_loss", "qat_loss", "score", "teacher_loss"]
+
+
+
+class CheckpointError(EdgeguardError):
+    """A checkpoint that does not fit what is trained."""
+
 
 Loss = Callable[[Student, Batch], Tensor]
 
@@ -43,6 +50,8 @@ class Settings:
     passes: float = 1.0
     steps: int | None = None
     freeze_layers: int = 0
+    patience: int | None = None
+    """Evaluations in a row without a better mean validation AUPRC before training stops; None: never."""
 
 
 def label_loss(hazard_weight: float) -> Loss:
@@ -144,7 +153,7 @@ def score(
 
 
 class Trainer:
-    """One run in ``folder``: ``log.jsonl``, ``loss.png``, ``checkpoint.pt`` and at last ``final/``."""
+    """One run in ``folder``: ``log.jsonl``, ``loss.png`` and ``checkpoint.pt``; the student is trained in place."""
 
     def __init__(
         self,
@@ -170,6 +179,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         self.steps = settings.steps or math.ceil(settings.passes * len(self._pass(0)))
         self.step = 0
+        self.best: dict[str, Any] = {"auprc": 0.0, "step": 0, "worse": 0}
 
     def _freeze(self, layers: int) -> None:
         if layers:
@@ -197,7 +207,10 @@ class Trainer:
         return max(0.0, (self.steps - self.step) / max(1, self.steps - warmup))
 
     def run(self, *, resume: bool = True) -> None:
-        """Train to the end, from the checkpoint if there is one."""
+        """Train to the end, from the checkpoint if there is one.
+
+        With ``patience``, the end may come early, and the best weights of an evaluation are put back.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume and (self.folder / "checkpoint.pt").is_file():
             self._restore()
@@ -216,11 +229,28 @@ class Trainer:
                 )
                 started, tokens, losses = time.monotonic(), 0, []
             if self.step % self.settings.evaluate_every == 0 or self.step == self.steps:
-                self._log({"step": self.step, **self.evaluate()})
+                figures = self.evaluate()
+                self._log({"step": self.step, **figures})
                 plot_log(self.folder)
+                if self._stops_early(figures):
+                    break
             if self.step % self.settings.checkpoint_every == 0:
                 self._checkpoint()
-        self.student.save(self.folder / "final")
+        if self.settings.patience and self.best["step"] != self.step:
+            self._load(torch.load(self.folder / "best.pt", map_location=self.device, weights_only=True))
+            click.echo(f"the weights of step {self.best['step']} were the best and are kept", err=True)
+
+    def _stops_early(self, figures: Mapping[str, float]) -> bool:
+        """Keep the weights when they are the best so far; whether ``patience`` evaluations have brought nothing."""
+        if self.settings.patience is None or not figures:
+            return False
+        mean = float(np.mean(list(figures.values())))
+        if mean > self.best["auprc"]:
+            self.best = {"auprc": mean, "step": self.step, "worse": 0}
+            write_whole(self.folder / "best.pt", lambda path: torch.save(self._trained(), path))
+        else:
+            self.best["worse"] += 1
+        return self.best["worse"] >= self.settings.patience
 
     def _update(self, batch: Batch) -> float:
         self.student.train()
@@ -253,15 +283,29 @@ class Trainer:
             stream.write(json.dumps(record) + "\n")
         click.echo(" ".join(f"{k}={v:.4g}" for k, v in record.items()), err=True)
 
+    def _trained(self) -> dict[str, Tensor]:
+        """The weights that training changes; the others are those of the base, which is there."""
+        return {name: p.detach() for name, p in self.student.named_parameters() if p.requires_grad}
+
+    def _load(self, weights: Mapping[str, Tensor]) -> None:
+        _, unexpected = self.student.load_state_dict(weights, strict=False)
+        if unexpected or set(weights) != set(self._trained()):
+            raise CheckpointError(f"{self.folder}: its checkpoint is of a student of another kind. Remove it.")
+
     def _checkpoint(self) -> None:
-        state = {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        state = {
+            "weights": self._trained(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best": self.best,
+        }
         write_whole(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def _restore(self) -> None:
         state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
-        self.student.load_state_dict(state["student"])
+        self._load(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.step, self.best = state["step"], state["best"]
         click.echo(f"resumed at step {self.step} of {self.steps}", err=True)
 
 

@@ -18,6 +18,7 @@ else:
 __all__ = ["Recipe", "RecipeError", "load_recipe"]
 
 TABLES = ("base", "student", "train", "qat", "export", "calibrate", "evaluate", "corpus")
+OPTIONAL = ("teacher",)
 HERE = Path(__file__).resolve().parent
 
 
@@ -45,6 +46,7 @@ class Recipe:
     calibrate: dict[str, Any]
     evaluate: dict[str, Any]
     corpus: dict[str, Any]
+    teacher: dict[str, Any]
     path: Path
     sha256: str
     build: Path
@@ -62,7 +64,9 @@ def load_recipe(path: Path, build: Path | None = None, models: Path | None = Non
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{found.name}: {error}") from error
     wanted = {"name", "version", "license", "languages", *TABLES}
-    if set(data) != wanted:
-        raise RecipeError(f"{found.name}: missing {sorted(wanted - set(data))}, unknown {sorted(set(data) - wanted)}.")
+    if (missing := wanted - set(data)) or set(data) - wanted - set(OPTIONAL):
+        unknown = set(data) - wanted - set(OPTIONAL)
+        raise RecipeError(f"{found.name}: missing {sorted(missing)}, unknown {sorted(unknown)}.")
+    data = {**dict.fromkeys(OPTIONAL, {}), **data}
     folder = build or HERE.parent / "build" / data["name"]
     return Recipe(**data, path=found, sha256=sha256_of(found), build=folder, models=models or HERE.parent / "models")

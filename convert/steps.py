@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from convert.scores import Stage
     from convert.student import Student
 
-__all__ = ["ORDER", "base", "corpus", "evaluate", "export", "package", "qat", "train"]
+__all__ = ["ORDER", "base", "corpus", "evaluate", "export", "package", "qat", "teacher", "train"]
 
-ORDER = ("base", "corpus", "train", "qat", "export", "evaluate", "package")
+ORDER = ("base", "corpus", "teacher", "train", "qat", "export", "evaluate", "package")
 
 
 def _made(result: Path, inputs: dict[str, Any]) -> bool:
@@ -75,22 +75,41 @@ def read_mix(recipe: Recipe) -> list[MixedRow]:
     return rows
 
 
-def text_side(recipe: Recipe) -> tuple[Template, Tokenizer]:
-    """Template and tokenizer of the base, as the bundle will carry them."""
+def text_side(folder: Path) -> tuple[Template, Tokenizer]:
+    """Template and tokenizer of the base in ``folder``; those of the student's base are what the bundle carries."""
     from tokenizers import Tokenizer
 
-    folder = base(recipe)
     return chatml_template(folder), Tokenizer.from_str(plain_tokenizer_json(folder))
 
 
-def _examples(recipe: Recipe, split: str, max_tokens: int) -> list[Example]:
+def _examples(recipe: Recipe, split: str, max_tokens: int, folder: Path) -> list[Example]:
+    """The rows of a split, encoded for the base in ``folder``."""
     from convert.batches import encode_rows
 
-    template, tokenizer = text_side(recipe)
+    template, tokenizer = text_side(folder)
     mixed = [m for m in read_mix(recipe) if m.split == split]
     if split == "train":
         check_no_test_rows((m.row for m in mixed), leak_keys(recipe.evaluate["sets"]))
     return encode_rows([m.row for m in mixed], template, tokenizer, max_tokens, [m.weight for m in mixed])
+
+
+def teacher(recipe: Recipe) -> Path:
+    """Step ``teacher``: the teacher's weights; trained on labels where the recipe says so."""
+    from convert.distill import label_loss
+    from convert.student import Student
+    from convert.teachers.trained import add_adapter, save_adapter
+
+    folder = recipe.build / "teacher"
+    table = recipe.teacher
+    source = fetch_base(table["base"], folder / "base")
+    data = read_json(corpus(recipe).with_name("data_manifest.json"))["sha256"]
+    done = folder / "final" / "teacher.json"
+    if not _made(done, {"teacher": table, "data": data}):
+        student = Student.from_base(source, table["layers"])
+        add_adapter(student, table["train"]["lora"], table["train"]["freeze_layers"])
+        _run(recipe, table["train"], student, label_loss(table["train"]["hazard_weight"]), folder, source)
+        save_adapter(student, done.parent)
+    return done.parent
 
 
 def train(recipe: Recipe) -> Path:
@@ -102,7 +121,8 @@ def train(recipe: Recipe) -> Path:
     data = read_json(corpus(recipe).with_name("data_manifest.json"))["sha256"]
     if not _made(folder / "final", {"train": recipe.train, "student": recipe.student, "data": data}):
         student = Student.from_base(base(recipe), recipe.student["layers"])
-        _run(recipe, recipe.train, student, label_loss(recipe.train["hazard_weight"]), folder)
+        _run(recipe, recipe.train, student, label_loss(recipe.train["hazard_weight"]), folder, base(recipe))
+        student.save(folder / "final")
     return folder / "final"
 
 
@@ -128,19 +148,22 @@ def qat(recipe: Recipe) -> Path:
             label_weight=recipe.qat["label_weight"],
             hazard_weight=recipe.train["hazard_weight"],
         )
-        _run(recipe, table, student, loss, folder)
+        _run(recipe, table, student, loss, folder, base(recipe))
+        student.save(folder / "final")
     return folder / "final"
 
 
-def _run(recipe: Recipe, table: dict[str, Any], student: Student, loss: Loss, folder: Path) -> None:
-    """Train with the settings of a recipe's table, in ``folder``."""
+def _run(
+    recipe: Recipe, table: dict[str, Any], student: Student, loss: Loss, folder: Path, source: Path
+) -> None:
+    """Train a student of the base in ``source`` with the settings of a recipe's table; the run is kept in ``folder``."""
     from convert.distill import Settings, Trainer
 
     names = {f.name for f in fields(Settings)}
     settings = Settings(**{name: value for name, value in table.items() if name in names})
-    train_rows = _examples(recipe, "train", table["max_tokens"])
-    validation = _examples(recipe, "validation", table["max_tokens"])
-    Trainer(student, loss, train_rows, validation, text_side(recipe)[0].pad_id, settings, folder).run()
+    train_rows = _examples(recipe, "train", table["max_tokens"], source)
+    validation = _examples(recipe, "validation", table["max_tokens"], source)
+    Trainer(student, loss, train_rows, validation, text_side(source)[0].pad_id, settings, folder).run()
 
 
 def export(recipe: Recipe) -> Path:
@@ -156,8 +179,8 @@ def export(recipe: Recipe) -> Path:
     record = path.with_name("parity.json")
     if not (path.is_file() and record.is_file() and read_json(record)["student_sha256"] == sha256_of(source)):
         student = Student.load(source.parent)
-        samples = _examples(recipe, "validation", recipe.student["max_tokens"])[: recipe.export["samples"]]
-        pad_id = text_side(recipe)[0].pad_id
+        samples = _examples(recipe, "validation", recipe.student["max_tokens"], base(recipe))[: recipe.export["samples"]]
+        pad_id = text_side(base(recipe))[0].pad_id
         batch = collate(samples, pad_id)
         weights, tolerance = student.numpy_weights(), recipe.export["tolerance"]
         config = student.onnx_config(recipe.student["max_tokens"])
@@ -198,7 +221,7 @@ def stages(recipe: Recipe) -> list[Stage]:
     from convert.report import REFERENCE, SHIPPED
     from convert.scores import onnx_stage, torch_stage
 
-    pad_id = text_side(recipe)[0].pad_id
+    pad_id = text_side(base(recipe))[0].pad_id
     return [onnx_stage(SHIPPED, export(recipe), pad_id), torch_stage(REFERENCE, train(recipe), pad_id)]
 
 
@@ -209,7 +232,7 @@ def measure(
     from convert.evaluate import fit_stage, measure_set
     from convert.scores import score_rows
 
-    template, tokenizer = text_side(recipe)
+    template, tokenizer = text_side(base(recipe))
     max_tokens, cache = recipe.student["max_tokens"], recipe.build / "scores"
 
     def logits(name: str, rows: list[Row]) -> np.ndarray:
@@ -266,7 +289,7 @@ def package(recipe: Recipe) -> Path:
     shipped = report["stages"][SHIPPED]
     fitted = {name: shipped[name] for name in ("calibration", "operating_points")}
     vectors = [_vector(recipe, prompt, response) for prompt, response in SELF_TEST_TEXTS]
-    manifest = make_manifest(recipe, text_side(recipe)[0], fitted, staged, vectors)
+    manifest = make_manifest(recipe, text_side(base(recipe))[0], fitted, staged, vectors)
     data = read_json(recipe.build / "data_manifest.json")
     write_json(staged / "manifest.json", manifest)
     write_json(staged / "data_manifest.json", data)
@@ -287,7 +310,7 @@ def _vector(recipe: Recipe, prompt: str, response: str | None) -> dict[str, Any]
     from convert.evaluate import margins_of
 
     target = "prompt" if response is None else "response"
-    template, tokenizer = text_side(recipe)
+    template, tokenizer = text_side(base(recipe))
     row = Row("self-test", "self-test", target, "safe", prompt, response)
     examples = encode_rows([row], template, tokenizer, recipe.student["max_tokens"])
     margin = float(margins_of(stages(recipe)[0].logits(examples))[0])

@@ -27,6 +27,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "discussions": ("safe", ()),
     "look_alikes": ("safe", ()),
     "tasks": ("safe", ()),
+    "self_harm": ("unsafe", ("S11",)),
+    "care": ("safe", ()),
 }
 
 
@@ -50,6 +52,8 @@ def _texts(kind: str, rng: random.Random, parts: Mapping[str, Any], rows: Sequen
         return _look_alikes(rng, **parts["look_alikes"])
     if kind == "tasks":
         return _tasks(rng, rows, **parts["tasks"])
+    if kind in ("self_harm", "care"):
+        return _self_harm(rng, KINDS[kind][0], parts["self_harm"])
     works = parts["works"]
     if kind == "copies":
         return iter(_shuffled(rng, _fill(works["copy"], works["protected"])))
@@ -83,6 +87,12 @@ def _tasks(rng: random.Random, rows: Sequence[Row], templates: Sequence[str], se
     """A task on a harmless text: the long everyday requests that few sets have."""
     for text in _shuffled(rng, [r.response or "" for r in rows if r.label == "safe" and r.set in sets]):
         yield rng.choice(templates).format(x=text)
+
+
+def _self_harm(rng: random.Random, label: str, parts: Mapping[str, Any]) -> Iterator[str]:
+    """Encouragement of self-harm and eating disorders, or, with the same words, care about them."""
+    for template, (me, them) in _shuffled(rng, itertools.product(parts[label], parts["acts"])):
+        yield template.format(me=me, them=them, her=me.replace("my", "her"))
 
 
 def _fill(templates: Sequence[str], fillings: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from convert.batches import Example, encode_rows
 from convert.corpora.registry import Row
@@ -32,26 +33,37 @@ if TYPE_CHECKING:
 __all__ = ["TrainedTeacher", "add_adapter", "load_adapter", "save_adapter"]
 
 
-def add_adapter(student: Student, lora: dict[str, Any]) -> Student:
-    """Freeze the body of ``student`` and put a LoRA adapter on its linears, in place.
+def add_adapter(student: Student, lora: dict[str, Any], freeze_layers: int = 0) -> Student:
+    """Freeze the body of ``student`` and put a LoRA adapter on the linears above ``freeze_layers``, in place.
 
     ``lora``: ``rank``, ``alpha``, ``dropout``. The head stays trainable.
     """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules="all-linear", bias="none"
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=sorted({name.split(".")[-1] for name, m in student.model.named_modules() if _is_linear(m)}),
+        layers_to_transform=list(range(freeze_layers, student.model.config.num_hidden_layers)),
+        layers_pattern="layers",
+        bias="none",
     )
     student.model = get_peft_model(student.model, config)
     return student
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
 def save_adapter(student: Student, folder: Path) -> None:
-    """Write ``adapter/``, ``head.safetensors`` and ``teacher.json``."""
+    """Write ``adapter/``, ``head.safetensors`` and, last, ``teacher.json``."""
     student.model.save_pretrained(folder / "adapter")
     head = {name: tensor.detach().cpu().contiguous() for name, tensor in student.head.state_dict().items()}
     write_whole(folder / "head.safetensors", lambda path: save_file(head, path))
-    write_json(folder / "teacher.json", {"labels": list(student.labels)})
+    layers = student.model.config.num_hidden_layers
+    write_json(folder / "teacher.json", {"labels": list(student.labels), "layers": layers})
 
 
 def load_adapter(base: Path, folder: Path) -> Student:
@@ -60,8 +72,9 @@ def load_adapter(base: Path, folder: Path) -> Student:
 
     if not (folder / "teacher.json").is_file():
         raise TeacherError(f"{folder}: no trained teacher there. Run the step that trains it.")
-    student = Student.from_base(base)
-    student.labels = tuple(read_json(folder / "teacher.json")["labels"])
+    record = read_json(folder / "teacher.json")
+    student = Student.from_base(base, record["layers"])
+    student.labels = tuple(record["labels"])
     student.model = PeftModel.from_pretrained(student.model, folder / "adapter").merge_and_unload()
     student.head.load_state_dict(load_file(folder / "head.safetensors"))
     return student
