@@ -15,10 +15,10 @@ from edgeguard.errors import EdgeguardError
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    r"""Make a guard: a small INT4 student from base weights and labelled sets.
+    r"""Make a guard: a small INT4 student from a teacher, base weights and labelled sets.
 
-    Steps, in order: base, corpus, train, qat, export, evaluate, package; `run` does them all. Each keeps its result in
-    build/NAME and is skipped when that is there; an interrupted step goes on where it was.
+    Steps, in order: base, corpus, teacher, label, student, train, qat, export, evaluate, package; `run` does them all.
+    Each keeps its result in build/NAME and is skipped when that is there; an interrupted step goes on where it was.
 
     \b
     python -m convert run recipes/mini.toml          makes models/edgeguard-mini
@@ -47,8 +47,10 @@ def _step(name: str, help_text: str) -> None:
 for _name, _help in {
     "base": "Fetch the base model and check its checksum.",
     "corpus": "Build the training mix and put the calibration split aside.",
-    "teacher": "Fetch or train the teacher.",
-    "train": "Train the float32 student on labels.",
+    "teacher": "Train the teacher, where the recipe trains one.",
+    "label": "Let the teacher score the rows that the student learns from.",
+    "student": "Cut the student out of its base: vocabulary, layers, neurons, head.",
+    "train": "Train the float32 student on the teacher's scores and the labels.",
     "qat": "Quantization-aware steps on the INT4 grid.",
     "export": "Write the INT4 ONNX and compare it with the torch model.",
     "evaluate": "Calibrate, choose operating points, measure every test set.",

@@ -19,11 +19,16 @@ from edgeguard.bundle import sha256_of
 from edgeguard.errors import EdgeguardError
 from edgeguard.prompt import Template
 
-__all__ = ["BaseError", "chatml_template", "fetch_base", "plain_tokenizer_json"]
+__all__ = ["BaseError", "chat_template", "fetch_base", "plain_tokenizer_json", "target_token"]
 
 LOADED_MARK = "ready.json"
 # U+FFFD in the byte-level alphabet, else a question mark, for bytes that a vocabulary lacks.
 REPLACEMENTS = ("ï¿½", "?")
+# Start of a turn, end of its role's name, end of the turn, text after it.
+TURN_MARKERS = (
+    ("<|im_start|>", "", "<|im_end|>", "\n"),
+    ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", ""),
+)
 
 
 class BaseError(EdgeguardError):
@@ -139,23 +144,40 @@ def plain_tokenizer_json(folder: Path) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
-def chatml_template(folder: Path) -> Template:
-    """The template of a ChatML model: its own turn markers, and a last turn named after what is judged."""
+def chat_template(folder: Path) -> Template:
+    """The template of a ChatML or Llama 3 model: its own turn markers, and a last turn named after what is judged.
+
+    Raises BaseError for a base that has neither's markers.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(plain_tokenizer_json(folder))
     special = {t["content"]: t["id"] for t in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
-    if not {"<|im_start|>", "<|im_end|>"} <= set(special):
-        raise BaseError(f"{folder.name}: no ChatML markers among its special tokens {sorted(special)}.")
-    start, end = special["<|im_start|>"], special["<|im_end|>"]
 
-    def ids(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    return Template(
-        opening={role: (start, *ids(f"{role}\n")) for role in ("system", "user", "assistant")},
-        closing=(end, *ids("\n")),
-        read={target: (start, *ids(target)) for target in ("prompt", "response")},
-        reserved=frozenset(special.values()),
-        pad_id=end,
-    )
+    for start, name_end, end, closing in TURN_MARKERS:
+        if {start, end} <= set(special):
+            after_name = (special[name_end],) if name_end in special else ()
+            body = ids("\n\n") if after_name else ids("\n")
+            return Template(
+                opening={
+                    role: (special[start], *ids(role), *after_name, *body) for role in ("system", "user", "assistant")
+                },
+                closing=(special[end], *ids(closing)),
+                read={target: (special[start], *ids(target)) for target in ("prompt", "response")},
+                reserved=frozenset(special.values()),
+                pad_id=special[end],
+            )
+    raise BaseError(f"{folder.name}: no markers of ChatML or Llama 3 among its special tokens {sorted(special)}.")
+
+
+def target_token(folder: Path, text: str) -> int:
+    """The id of the one token that ``text`` is. Raises BaseError when it is several."""
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_str(plain_tokenizer_json(folder)).encode(text, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise BaseError(f"{folder.name}: {text!r} is {len(ids)} tokens here; a row of the head starts from one.")
+    return int(ids[0])

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert.corpora.registry import Row, load_sets
+from convert.corpora.mix import is_noisy
+from convert.corpora.registry import Row
 from edgeguard.prompt import Template
 from edgeguard.taxonomy import HAZARDS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from convert.teachers.score_file import Score
 
 __all__ = ["Batch", "Example", "batches", "encode_rows", "training_batches"]
 
@@ -27,8 +30,8 @@ POOL_BATCHES = 40
 class Example:
     """An encoded row. ``hazards``: 1 where one of the named hazards is meant; ``hazards_known``: else no loss.
 
-    ``teacher``: the teacher's margin, or None. ``trusted``: the label counts beside a teacher (it is a person's, not one
-    that a set was built with).
+    ``teacher``: the teacher's margin, or None; ``teacher_hazards``: its probabilities, or none. ``trusted``: the label
+    counts beside a teacher (it is a person's, not one that a set was built with).
     """
 
     ids: list[int]
@@ -38,14 +41,15 @@ class Example:
     hazards_known: bool
     weight: float
     teacher: float | None = None
+    teacher_hazards: tuple[float, ...] = ()
     trusted: bool = True
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of B rows padded to the longest: ids, mask [B, L]; hazards [B, 14]; all others [B].
+    """Tensors of B rows padded to the longest: ids, mask [B, L]; hazards, teacher_hazards [B, 14]; all others [B].
 
-    ``teacher``: margins, 0 where ``taught`` is 0.
+    ``teacher``: margins, 0 where ``taught`` is 0; ``teacher_hazards`` count where ``hazards_taught`` is 1.
     """
 
     ids: Tensor
@@ -56,6 +60,8 @@ class Batch:
     weight: Tensor
     teacher: Tensor
     taught: Tensor
+    teacher_hazards: Tensor
+    hazards_taught: Tensor
     trusted: Tensor
 
     def to(self, device: torch.device) -> Batch:
@@ -69,18 +75,19 @@ def encode_rows(
     tokenizer: Tokenizer,
     max_tokens: int,
     weights: Sequence[float] | None = None,
-    margins: Mapping[str, float] | None = None,
+    scores: Mapping[str, Score] | None = None,
 ) -> list[Example]:
     """Encode labelled rows. Hazards count as known for safe rows (none) and for unsafe rows that name some.
 
-    ``margins``: a teacher's, by row id.
+    ``scores``: a teacher's, by row id; a row without a label takes the teacher's.
     """
-    examples, sets = [], load_sets()
+    examples = []
     for i, row in enumerate(rows):
         encoded = template.encode(tokenizer, row.messages(), max_tokens)
-        unsafe = row.label == "unsafe"
+        score = (scores or {}).get(row.id)
+        unsafe = score.margin > 0 if row.label is None and score else row.label == "unsafe"
         flags = tuple(int(unsafe and code in row.hazards) for code in HAZARDS)
-        known = not unsafe or any(flags)
+        known = row.label is not None and (not unsafe or any(flags))
         examples.append(
             Example(
                 encoded.ids,
@@ -89,8 +96,11 @@ def encode_rows(
                 flags,
                 known,
                 weight=weights[i] if weights else 1.0,
-                teacher=margins.get(row.id) if margins else None,
-                trusted=not (row.set in sets and sets[row.set].labels_by == "construction"),
+                teacher=score.margin if score else None,
+                teacher_hazards=tuple(score.hazards.get(code, 0.0) for code in HAZARDS)
+                if score and score.hazards
+                else (),
+                trusted=row.label is not None and not is_noisy(row),
             )
         )
     return examples
@@ -113,6 +123,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         weight=torch.tensor([e.weight for e in examples], dtype=torch.float32),
         teacher=torch.tensor([e.teacher or 0.0 for e in examples], dtype=torch.float32),
         taught=torch.tensor([e.teacher is not None for e in examples], dtype=torch.float32),
+        teacher_hazards=torch.tensor([e.teacher_hazards or (0.0,) * len(HAZARDS) for e in examples]),
+        hazards_taught=torch.tensor([bool(e.teacher_hazards) for e in examples], dtype=torch.float32),
         trusted=torch.tensor([e.trusted for e in examples], dtype=torch.float32),
     )
 

@@ -28,7 +28,6 @@ from edgeguard.metrics import average_precision
 __all__ = ["CheckpointError", "Loss", "Settings", "Trainer", "label_loss", "qat_loss", "score", "teacher_loss"]
 
 
-
 class CheckpointError(EdgeguardError):
     """A checkpoint that does not fit what is trained."""
 
@@ -69,7 +68,7 @@ def teacher_loss(*, temperature: float, label_weight: float, hazard_weight: floa
     Per row: KL of the verdict at ``temperature`` (times its square, Hinton et al. 2015, arXiv 1503.02531), where a
     teacher judged the row; ``label_weight`` times the cross entropy of its label, unless a teacher judged the row and the
     label is one by construction, which yields; all of the label where no teacher judged; ``hazard_weight`` times the
-    hazards' loss; ``benign_weight`` times the probability that a safe row is called unsafe, which pushes down the rows
+    hazards' loss, for which the teacher's probabilities count where the row does not name its own; ``benign_weight`` times the probability that a safe row is called unsafe, which pushes down the rows
     that are false alarms and leaves alone those that are not.
     """
 
@@ -85,7 +84,7 @@ def teacher_loss(*, temperature: float, label_weight: float, hazard_weight: floa
         rows = (
             batch.taught * temperature**2 * (told - entropy)
             + share * label
-            + hazard_weight * _hazard_loss(logits[:, 2:], batch)
+            + hazard_weight * (_hazard_loss(logits[:, 2:], batch) + _taught_hazard_loss(logits[:, 2:], batch))
             + benign_weight * (1 - unsafe) * margin.sigmoid()
         )
         return (rows * batch.weight).sum() / batch.weight.sum()
@@ -108,6 +107,12 @@ def _hazard_loss(logits: Tensor, batch: Batch) -> Tensor:
     named = batch.hazards.sum(1) > 0
     present = torch.where(named, -torch.log(-torch.expm1(none_of_named.clamp(max=-1e-6))), torch.zeros_like(absent))
     return (absent + present) * batch.hazards_known
+
+
+def _taught_hazard_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Per row: the cross entropy to the teacher's hazards, where the row's own are unknown."""
+    told = nn.functional.binary_cross_entropy_with_logits(logits, batch.teacher_hazards, reduction="none").sum(1)
+    return told * batch.hazards_taught * (1 - batch.hazards_known)
 
 
 def qat_loss(target: Student, *, hidden_weight: float, label_weight: float, hazard_weight: float) -> Loss:

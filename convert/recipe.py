@@ -18,7 +18,7 @@ else:
 __all__ = ["Recipe", "RecipeError", "load_recipe"]
 
 TABLES = ("base", "student", "train", "qat", "export", "calibrate", "evaluate", "corpus")
-OPTIONAL = ("teacher",)
+OPTIONAL = ("teacher", "distill")
 HERE = Path(__file__).resolve().parent
 
 
@@ -47,6 +47,7 @@ class Recipe:
     evaluate: dict[str, Any]
     corpus: dict[str, Any]
     teacher: dict[str, Any]
+    distill: dict[str, Any]
     path: Path
     sha256: str
     build: Path
@@ -68,5 +69,7 @@ def load_recipe(path: Path, build: Path | None = None, models: Path | None = Non
         unknown = set(data) - wanted - set(OPTIONAL)
         raise RecipeError(f"{found.name}: missing {sorted(missing)}, unknown {sorted(unknown)}.")
     data = {**dict.fromkeys(OPTIONAL, {}), **data}
+    if data["distill"] and not data["teacher"]:
+        raise RecipeError(f"{found.name}: [distill] needs a [teacher].")
     folder = build or HERE.parent / "build" / data["name"]
     return Recipe(**data, path=found, sha256=sha256_of(found), build=folder, models=models or HERE.parent / "models")

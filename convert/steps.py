@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from convert.base import chatml_template, fetch_base, plain_tokenizer_json
-from convert.corpora.mix import HELD_OUT_NAME, MixedRow, build_mix, check_no_test_rows, held_out_rows, leak_keys
+from convert.base import chat_template, fetch_base, plain_tokenizer_json, target_token
+from convert.corpora.mix import (
+    HELD_OUT_NAME,
+    MixedRow,
+    build_mix,
+    check_no_test_rows,
+    held_out_rows,
+    is_noisy,
+    leak_keys,
+    shuffled_by_text,
+    unlabelled_rows,
+)
 from convert.corpora.registry import CorpusError, Row, get_set, read_set
 from convert.files import read_json, write_json, write_whole
 from convert.recipe import Recipe, RecipeError
@@ -28,10 +38,14 @@ if TYPE_CHECKING:
     from convert.evaluate import Fitted
     from convert.scores import Stage
     from convert.student import Student
+    from convert.teachers.score_file import Teacher
 
-__all__ = ["ORDER", "base", "corpus", "evaluate", "export", "package", "qat", "teacher", "train"]
+__all__ = ["ORDER", "base", "corpus", "evaluate", "export", "label", "package", "qat", "student", "teacher", "train"]
 
-ORDER = ("base", "corpus", "teacher", "train", "qat", "export", "evaluate", "package")
+ORDER = ("base", "corpus", "teacher", "label", "student", "train", "qat", "export", "evaluate", "package")
+
+
+SAMPLE_TOKENS = 4096  # of one batch that pruning looks at
 
 
 def _made(result: Path, inputs: dict[str, Any]) -> bool:
@@ -75,54 +89,158 @@ def read_mix(recipe: Recipe) -> list[MixedRow]:
     return rows
 
 
+def trimmed_base(recipe: Recipe) -> Path:
+    """The student's base: with the tokens alone that the mix uses, where the recipe says so."""
+    from convert.trim import trim_base
+
+    least = recipe.student.get("trim_min_count")
+    if not least:
+        return base(recipe)
+    folder = recipe.build / "trimmed"
+    record = folder / "trimmed.json"
+    if not _made(record, {"base": recipe.base, "trim_min_count": least, "data": _data_sha256(recipe)}):
+        texts = (text for m in read_mix(recipe) if m.split == "train" for _, text in m.row.messages())
+        write_json(record, trim_base(base(recipe), folder, texts, min_count=least))
+    return folder
+
+
 def text_side(folder: Path) -> tuple[Template, Tokenizer]:
     """Template and tokenizer of the base in ``folder``; those of the student's base are what the bundle carries."""
     from tokenizers import Tokenizer
 
-    return chatml_template(folder), Tokenizer.from_str(plain_tokenizer_json(folder))
+    return chat_template(folder), Tokenizer.from_str(plain_tokenizer_json(folder))
 
 
-def _examples(recipe: Recipe, split: str, max_tokens: int, folder: Path) -> list[Example]:
-    """The rows of a split, encoded for the base in ``folder``."""
+def _data_sha256(recipe: Recipe) -> str:
+    """The hash of the mix, over every row."""
+    return str(read_json(corpus(recipe).with_name("data_manifest.json"))["sha256"])
+
+
+def _examples(recipe: Recipe, split: str, max_tokens: int, source: Path) -> list[Example]:
+    """The rows of a split, encoded for the base in ``source``; for training also what the teacher says of rows."""
     from convert.batches import encode_rows
+    from convert.teachers.score_file import read_scores
 
-    template, tokenizer = text_side(folder)
     mixed = [m for m in read_mix(recipe) if m.split == split]
+    rows, weights, scores = [m.row for m in mixed], [m.weight for m in mixed], {}
     if split == "train":
-        check_no_test_rows((m.row for m in mixed), leak_keys(recipe.evaluate["sets"]))
-    return encode_rows([m.row for m in mixed], template, tokenizer, max_tokens, [m.weight for m in mixed])
+        keys = leak_keys(recipe.evaluate["sets"])
+        if recipe.distill and source != recipe.build / "teacher" / "base":
+            scores = read_scores(label(recipe))
+            judged = unlabelled_rows(recipe.distill["unlabelled"], recipe.corpus["seed"], keys)
+            rows += (judged := [row for row in judged if row.id in scores])
+            weights += [recipe.distill["unlabelled_weight"]] * len(judged)
+        check_no_test_rows(rows, keys)
+    return encode_rows(rows, *text_side(source), max_tokens, weights, scores)
 
 
 def teacher(recipe: Recipe) -> Path:
-    """Step ``teacher``: the teacher's weights; trained on labels where the recipe says so."""
+    """Step ``teacher``: trains the teacher where the recipe says so; the others come from the Hub or a file."""
     from convert.distill import label_loss
     from convert.student import Student
     from convert.teachers.trained import add_adapter, save_adapter
 
-    folder = recipe.build / "teacher"
-    table = recipe.teacher
+    folder, table = recipe.build / "teacher", recipe.teacher
+    if table.get("kind") != "trained":
+        return folder
     source = fetch_base(table["base"], folder / "base")
-    data = read_json(corpus(recipe).with_name("data_manifest.json"))["sha256"]
     done = folder / "final" / "teacher.json"
-    if not _made(done, {"teacher": table, "data": data}):
+    settings = {name: table[name] for name in ("base", "layers", "train")}
+    if not _made(done, {**settings, "data": _data_sha256(recipe)}):
         student = Student.from_base(source, table["layers"])
         add_adapter(student, table["train"]["lora"], table["train"]["freeze_layers"])
-        _run(recipe, table["train"], student, label_loss(table["train"]["hazard_weight"]), folder, source)
+        loss = label_loss(table["train"]["hazard_weight"])
+        _run(recipe, table["train"], student, loss, folder, source)
         save_adapter(student, done.parent)
     return done.parent
 
 
-def train(recipe: Recipe) -> Path:
-    """Step ``train``: the float32 student, from labels."""
-    from convert.distill import label_loss
-    from convert.student import Student
+def label(recipe: Recipe) -> Path:
+    """Step ``label``: the teacher's scores of the rows that the student learns from; one file, which grows."""
+    from convert.teachers.score_file import label_rows, read_scores
 
-    folder = recipe.build / "train"
-    data = read_json(corpus(recipe).with_name("data_manifest.json"))["sha256"]
-    if not _made(folder / "final", {"train": recipe.train, "student": recipe.student, "data": data}):
-        student = Student.from_base(base(recipe), recipe.student["layers"])
-        _run(recipe, recipe.train, student, label_loss(recipe.train["hazard_weight"]), folder, base(recipe))
-        student.save(folder / "final")
+    if recipe.teacher.get("kind") == "scores":
+        path = Path(recipe.teacher["file"])
+        read_scores(path)
+        return path
+    path = recipe.build / "teacher" / "scores.jsonl"
+    if recipe.teacher and not _made(
+        path.with_name("scores.done"), {"judged": recipe.distill, "data": _data_sha256(recipe)}
+    ):
+        label_rows(_load_teacher(recipe), rows_to_judge(recipe), path)
+        write_json(path.with_name("scores.done"), {})
+    return path
+
+
+def rows_to_judge(recipe: Recipe) -> list[Row]:
+    """At most ``judged`` rows: those without a label, those labelled by construction, then the others; each in the
+    order of the mix's hash.
+    """
+    rows = unlabelled_rows(recipe.distill["unlabelled"], recipe.corpus["seed"], leak_keys(recipe.evaluate["sets"]))
+    mixed = shuffled_by_text([m.row for m in read_mix(recipe) if m.split == "train"], recipe.corpus["seed"])
+    noisy = [row for row in mixed if is_noisy(row)]
+    return [*rows, *noisy, *(row for row in mixed if not is_noisy(row))][: recipe.distill["judged"]]
+
+
+def _load_teacher(recipe: Recipe) -> Teacher:
+    """The teacher that the recipe names, ready to judge."""
+    from convert.teachers.load import load_teacher
+    from convert.teachers.trained import TrainedTeacher
+
+    if recipe.teacher["kind"] != "trained":
+        return load_teacher(recipe.teacher, recipe.build / "teacher")
+    final = teacher(recipe)
+    source = recipe.build / "teacher" / "base"
+    return TrainedTeacher(source, final, *text_side(source), recipe.teacher["max_tokens"])
+
+
+def student(recipe: Recipe) -> Path:
+    """Step ``student``: the untrained student, cut out of its base."""
+    from convert.batches import batches
+    from convert.prune import block_importance, keep_layers, keep_neurons, neuron_importance
+    from convert.student import HEAD, Student
+
+    folder, table = recipe.build / "student", recipe.student
+    source = trimmed_base(recipe)
+    if not _made(folder / "student.safetensors", {"student": table, "base": recipe.base, "data": _data_sha256(recipe)}):
+        by_importance = table.get("choose_layers", "lowest") == "importance"
+        ids = {label: target_token(source, text) for label, text in table.get("target_tokens", {}).items()}
+        made = Student.from_base(source, None if by_importance else table["layers"], HEAD, ids)
+        if by_importance or "intermediate_size" in table:
+            rows = _examples(recipe, "train", table["max_tokens"], source)[: table["samples"]]
+            calibration = [batch for _, batch in batches(rows, SAMPLE_TOKENS, text_side(source)[0].pad_id)]
+        if by_importance:
+            importance = block_importance(made, calibration)
+            keep_layers(made, importance.topk(table["layers"]).indices.tolist())
+        if "intermediate_size" in table:
+            keep_neurons(made, neuron_importance(made, calibration), table["intermediate_size"])
+        made.save(folder)
+    return folder
+
+
+def train(recipe: Recipe) -> Path:
+    """Step ``train``: the float32 student, from the teacher's scores and the labels, or from labels alone."""
+    from convert.distill import label_loss, teacher_loss
+    from convert.student import Student
+    from convert.teachers.trained import add_adapter, merge_adapter
+
+    folder, table = recipe.build / "train", recipe.train
+    inputs: dict[str, Any] = {"train": table, "distill": recipe.distill, "data": _data_sha256(recipe)}
+    inputs["student_sha256"] = sha256_of(student(recipe) / "student.safetensors")
+    if recipe.distill:
+        inputs["scores_sha256"] = sha256_of(label(recipe))
+    if not _made(folder / "final" / "student.safetensors", inputs):
+        pupil = Student.load(student(recipe))
+        if "lora" in table:
+            add_adapter(pupil, table["lora"], table["freeze_layers"])
+        loss = label_loss(table["hazard_weight"])
+        if recipe.distill:
+            weights = ("temperature", "label_weight", "benign_weight")
+            loss = teacher_loss(
+                hazard_weight=table["hazard_weight"], **{name: recipe.distill[name] for name in weights}
+            )
+        _run(recipe, table, pupil, loss, folder, trimmed_base(recipe))
+        (merge_adapter(pupil) if "lora" in table else pupil).save(folder / "final")
     return folder / "final"
 
 
@@ -134,9 +252,9 @@ def qat(recipe: Recipe) -> Path:
 
     folder = recipe.build / "qat"
     source = sha256_of(train(recipe) / "student.safetensors")
-    if not _made(folder / "final", {"qat": recipe.qat, "student_sha256": source}):
-        target, student = Student.load(train(recipe)), Student.load(train(recipe))
-        enable_qat(student.model)
+    if not _made(folder / "final" / "student.safetensors", {"qat": recipe.qat, "student_sha256": source}):
+        target, pupil = Student.load(train(recipe)), Student.load(train(recipe))
+        enable_qat(pupil.model)
         table = {
             "head_learning_rate": recipe.qat["learning_rate"],
             **recipe.qat,
@@ -148,14 +266,12 @@ def qat(recipe: Recipe) -> Path:
             label_weight=recipe.qat["label_weight"],
             hazard_weight=recipe.train["hazard_weight"],
         )
-        _run(recipe, table, student, loss, folder, base(recipe))
-        student.save(folder / "final")
+        _run(recipe, table, pupil, loss, folder, trimmed_base(recipe))
+        pupil.save(folder / "final")
     return folder / "final"
 
 
-def _run(
-    recipe: Recipe, table: dict[str, Any], student: Student, loss: Loss, folder: Path, source: Path
-) -> None:
+def _run(recipe: Recipe, table: dict[str, Any], student: Student, loss: Loss, folder: Path, source: Path) -> None:
     """Train a student of the base in ``source`` with the settings of a recipe's table; the run is kept in ``folder``."""
     from convert.distill import Settings, Trainer
 
@@ -178,14 +294,16 @@ def export(recipe: Recipe) -> Path:
     source = qat(recipe) / "student.safetensors"
     record = path.with_name("parity.json")
     if not (path.is_file() and record.is_file() and read_json(record)["student_sha256"] == sha256_of(source)):
-        student = Student.load(source.parent)
-        samples = _examples(recipe, "validation", recipe.student["max_tokens"], base(recipe))[: recipe.export["samples"]]
-        pad_id = text_side(base(recipe))[0].pad_id
+        shipped = Student.load(source.parent)
+        samples = _examples(recipe, "validation", recipe.student["max_tokens"], trimmed_base(recipe))[
+            : recipe.export["samples"]
+        ]
+        pad_id = text_side(trimmed_base(recipe))[0].pad_id
         batch = collate(samples, pad_id)
-        weights, tolerance = student.numpy_weights(), recipe.export["tolerance"]
-        config = student.onnx_config(recipe.student["max_tokens"])
-        bake_int4(student.model)
-        reference = score(student, samples, pad_id, bf16=False)
+        weights, tolerance = shipped.numpy_weights(), recipe.export["tolerance"]
+        config = shipped.onnx_config(recipe.student["max_tokens"])
+        bake_int4(shipped.model)
+        reference = score(shipped, samples, pad_id, bf16=False)
         figures = export_onnx(
             weights,
             config,
@@ -221,7 +339,7 @@ def stages(recipe: Recipe) -> list[Stage]:
     from convert.report import REFERENCE, SHIPPED
     from convert.scores import onnx_stage, torch_stage
 
-    pad_id = text_side(base(recipe))[0].pad_id
+    pad_id = text_side(trimmed_base(recipe))[0].pad_id
     return [onnx_stage(SHIPPED, export(recipe), pad_id), torch_stage(REFERENCE, train(recipe), pad_id)]
 
 
@@ -232,7 +350,7 @@ def measure(
     from convert.evaluate import fit_stage, measure_set
     from convert.scores import score_rows
 
-    template, tokenizer = text_side(base(recipe))
+    template, tokenizer = text_side(trimmed_base(recipe))
     max_tokens, cache = recipe.student["max_tokens"], recipe.build / "scores"
 
     def logits(name: str, rows: list[Row]) -> np.ndarray:
@@ -285,11 +403,11 @@ def package(recipe: Recipe) -> Path:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     shutil.copy(export(recipe), staged / "model.onnx")
-    (staged / "tokenizer.json").write_text(plain_tokenizer_json(base(recipe)), encoding="utf-8")
+    (staged / "tokenizer.json").write_text(plain_tokenizer_json(trimmed_base(recipe)), encoding="utf-8")
     shipped = report["stages"][SHIPPED]
     fitted = {name: shipped[name] for name in ("calibration", "operating_points")}
     vectors = [_vector(recipe, prompt, response) for prompt, response in SELF_TEST_TEXTS]
-    manifest = make_manifest(recipe, text_side(base(recipe))[0], fitted, staged, vectors)
+    manifest = make_manifest(recipe, text_side(trimmed_base(recipe))[0], fitted, staged, vectors)
     data = read_json(recipe.build / "data_manifest.json")
     write_json(staged / "manifest.json", manifest)
     write_json(staged / "data_manifest.json", data)
@@ -310,7 +428,7 @@ def _vector(recipe: Recipe, prompt: str, response: str | None) -> dict[str, Any]
     from convert.evaluate import margins_of
 
     target = "prompt" if response is None else "response"
-    template, tokenizer = text_side(base(recipe))
+    template, tokenizer = text_side(trimmed_base(recipe))
     row = Row("self-test", "self-test", target, "safe", prompt, response)
     examples = encode_rows([row], template, tokenizer, recipe.student["max_tokens"])
     margin = float(margins_of(stages(recipe)[0].logits(examples))[0])

@@ -6,6 +6,7 @@ without its output layer; what is exported must be a Llama. A trained teacher is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,19 +41,33 @@ class Student(nn.Module):
         self.labels = labels
 
     @classmethod
-    def from_base(cls, folder: Path, layers: int | None = None) -> Student:
-        """The first ``layers`` layers (None: all) of the base in ``folder``; the head starts at zero: every p is 1/2."""
+    def from_base(
+        cls,
+        folder: Path,
+        layers: int | None = None,
+        labels: tuple[str, ...] = HEAD,
+        target_tokens: Mapping[str, int] | None = None,
+    ) -> Student:
+        """The first ``layers`` layers (None: all) of the base in ``folder``, and a head with a row a label.
+
+        A label that ``target_tokens`` (label -> token id) names starts with that token's row of the unembedding, as the
+        base would have answered; every other row starts at zero.
+        """
         from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         config = base.config
         config.num_hidden_layers, config.use_cache = layers or config.num_hidden_layers, False
         config._attn_implementation = _attention()
-        student = cls(config)
+        student = cls(config, labels)
         kept = {name.removeprefix("model."): w for name, w in base.state_dict().items() if name.startswith("model.")}
         student.model.load_state_dict({name: w for name, w in kept.items() if name in student.model.state_dict()})
         nn.init.zeros_(student.head.weight)
         nn.init.zeros_(student.head.bias)
+        unembedding = base.get_output_embeddings().weight
+        with torch.no_grad():
+            for label, token in (target_tokens or {}).items():
+                student.head.weight[labels.index(label)] = unembedding[token]
         return student
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:

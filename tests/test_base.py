@@ -19,7 +19,7 @@ from convert.base import (  # noqa: E402
     BaseError,
     _gguf_from_wheels,
     _restore_digit_splitting,
-    chatml_template,
+    chat_template,
     fetch_base,
     plain_tokenizer_json,
 )
@@ -62,7 +62,7 @@ def test_a_folder_of_another_base_is_not_reused(base: Path, tmp_path: Path) -> N
 
 
 def test_text_never_becomes_a_marker(base: Path) -> None:
-    template = chatml_template(base)
+    template = chat_template(base)
     tokenizer = Tokenizer.from_str(plain_tokenizer_json(base))
     markers = [t["content"] for t in json.loads((base / "tokenizer.json").read_text())["added_tokens"]]
     assert len(markers) >= 3
@@ -82,12 +82,12 @@ def test_a_byte_that_the_vocabulary_lacks_is_judged_as_a_replacement(base: Path,
     data["model"]["vocab"]["unused"] = max(data["model"]["vocab"].values()) + 1
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     tokenizer = Tokenizer.from_str(plain_tokenizer_json(tmp_path))
-    encoded = chatml_template(tmp_path).encode(tokenizer, [("user", "a\x04b")], 64)
+    encoded = chat_template(tmp_path).encode(tokenizer, [("user", "a\x04b")], 64)
     assert tokenizer.token_to_id("?") in encoded.ids
 
 
 def test_the_template_names_what_it_judges(base: Path) -> None:
-    template = chatml_template(base)
+    template = chat_template(base)
     assert template.read["prompt"] != template.read["response"]
     assert template.pad_id in template.reserved
 
@@ -97,7 +97,7 @@ def test_a_base_without_chatml_is_refused(base: Path, tmp_path: Path) -> None:
     data["added_tokens"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(BaseError, match="no ChatML markers"):
-        chatml_template(tmp_path)
+        chat_template(tmp_path)
 
 
 def test_numbers_are_read_digit_by_digit(base: Path, tmp_path: Path) -> None:

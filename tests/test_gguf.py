@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the conversion layer needs edgeguard
 
 from convert_support import write_base  # noqa: E402
 
-from convert.base import chatml_template, plain_tokenizer_json  # noqa: E402
+from convert.base import chat_template, plain_tokenizer_json  # noqa: E402
 from convert.export.gguf import GgufError, read_gguf, write_gguf  # noqa: E402
 from convert.fake_quant import bake_int4  # noqa: E402
 from convert.quantize import Int4Weight, quantize_int4  # noqa: E402
@@ -46,7 +46,7 @@ def file(student: Student, base: Path, tmp_path_factory: pytest.TempPathFactory)
         HEAD,
         plain_tokenizer_json(base),
         path,
-        control_ids=chatml_template(base).reserved,
+        control_ids=chat_template(base).reserved,
         pre_tokenizer="gpt-2",
         about={"name": "tiny", "version": "0.0.1", "license": "CC0-1.0"},
     )
@@ -91,7 +91,7 @@ def test_plain_llama_cpp_reads_the_same_hidden_state(student: Student, base: Pat
         str(file), embedding=True, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_LAST, n_ctx=256, verbose=False
     )
     metadata = read_gguf(file)
-    template, reference = chatml_template(base), bake_int4(copy.deepcopy(student))
+    template, reference = chat_template(base), bake_int4(copy.deepcopy(student))
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(plain_tokenizer_json(base))

@@ -26,8 +26,11 @@ __all__ = [
     "build_mix",
     "check_no_test_rows",
     "held_out_rows",
+    "is_noisy",
     "leak_keys",
     "normalise",
+    "shuffled_by_text",
+    "unlabelled_rows",
 ]
 
 CALIBRATION_PER_MILLE = 50
@@ -137,6 +140,35 @@ def build_mix(
     return Mix(rows, _manifest(rows, counts, seed))
 
 
+def unlabelled_rows(sets: Mapping[str, int], seed: int, keys: set[str]) -> list[Row]:
+    """Rows that wait for a teacher: of each set at most the number given, without any text of a test set.
+
+    Raises CorpusError for a set of another role, or one that a shipped model may not learn from.
+    """
+    rows: list[Row] = []
+    for name, most in sets.items():
+        entry = get_set(name)
+        if entry.role != "unlabelled" or entry.commercial != "yes":
+            raise CorpusError(
+                f"{name}: role {entry.role}, commercial use {entry.commercial}; [distill] takes unlabelled sets, and only "
+                "those that a shipped model may learn from."
+            )
+        clear = (row for row in read_set(name) if keys.isdisjoint(_leak_keys(row)))
+        rows += shuffled_by_text(clear, seed)[:most]
+    return rows
+
+
+def shuffled_by_text(rows: Iterable[Row], seed: int) -> list[Row]:
+    """Rows in an order that only the seed and their texts decide."""
+    return sorted(rows, key=lambda row: _hash(f"{seed}\x1f{_row_key(row)}"))
+
+
+def is_noisy(row: Row) -> bool:
+    """Whether the label follows from how the set was built: a teacher knows better."""
+    known = load_sets().get(row.set)
+    return known is not None and known.labels_by == "construction"
+
+
 def _constructed(rows: list[Row], wanted: Mapping[str, int], seed: int, keys: set[str]) -> list[MixedRow]:
     """Rows made from ``rows`` and from parts: for training only, since they share their parts."""
     if unknown := set(wanted) - {"refusals", "echoes", "answers", *KINDS}:
@@ -159,7 +191,7 @@ def _take(
     """At most ``wanted[label]`` rows of each label, in an order that only the seed and the text decide."""
     taken: list[MixedRow] = []
     left = {"safe": int(wanted.get("safe", 0)), "unsafe": int(wanted.get("unsafe", 0))}
-    for row in sorted(candidates, key=lambda r: _hash(f"{seed}\x1f{_row_key(r)}")):
+    for row in shuffled_by_text(candidates, seed):
         key = _row_key(row)
         if left[str(row.label)] <= 0:
             continue

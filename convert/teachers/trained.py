@@ -30,7 +30,7 @@ from edgeguard.taxonomy import HAZARDS
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["TrainedTeacher", "add_adapter", "load_adapter", "save_adapter"]
+__all__ = ["TrainedTeacher", "add_adapter", "load_adapter", "merge_adapter", "save_adapter"]
 
 
 def add_adapter(student: Student, lora: dict[str, Any], freeze_layers: int = 0) -> Student:
@@ -57,6 +57,12 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def merge_adapter(student: Student) -> Student:
+    """The adapter's product added to the weights it stands beside, in place: a plain student again."""
+    student.model = student.model.merge_and_unload()
+    return student
+
+
 def save_adapter(student: Student, folder: Path) -> None:
     """Write ``adapter/``, ``head.safetensors`` and, last, ``teacher.json``."""
     student.model.save_pretrained(folder / "adapter")
@@ -75,7 +81,8 @@ def load_adapter(base: Path, folder: Path) -> Student:
     record = read_json(folder / "teacher.json")
     student = Student.from_base(base, record["layers"])
     student.labels = tuple(record["labels"])
-    student.model = PeftModel.from_pretrained(student.model, folder / "adapter").merge_and_unload()
+    student.model = PeftModel.from_pretrained(student.model, folder / "adapter")
+    merge_adapter(student)
     student.head.load_state_dict(load_file(folder / "head.safetensors"))
     return student
 
