@@ -23,6 +23,7 @@ def main() -> None:
     \b
     python -m convert run recipes/mini.toml          makes models/edgeguard-mini
     python -m convert train recipes/mini.toml        up to this step only
+    python -m convert run recipes/mini.toml --smoke  the same chain in minutes, to see that it works here
     python -m convert corpora                        the known sets and where they are published
     """
 
@@ -33,13 +34,19 @@ def _step(name: str, help_text: str) -> None:
     @click.option("--build", type=click.Path(file_okay=False, path_type=Path), help="Working folder [build/NAME].")
     @click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Where the bundle goes [models/].")
     @click.option("--data", type=click.Path(exists=True, file_okay=False), help=f"Labelled sets [${DATA_VARIABLE}].")
-    def command(recipe: Path, build: Path | None, models: Path | None, data: str | None) -> None:
+    @click.option("--smoke", is_flag=True, help="Try the chain: tiny random base, made-up rows.")
+    def command(recipe: Path, build: Path | None, models: Path | None, data: str | None, smoke: bool) -> None:
         from convert import steps
 
         if data:
             os.environ[DATA_VARIABLE] = data
         try:
-            click.echo(getattr(steps, name)(load_recipe(recipe, build, models)))
+            loaded = load_recipe(recipe, build, models)
+            if smoke:
+                from convert.smoke import shrink
+
+                loaded = shrink(loaded)
+            click.echo(getattr(steps, name)(loaded))
         except EdgeguardError as error:
             raise click.ClickException(str(error)) from error
 

@@ -66,10 +66,11 @@ def teacher_loss(*, temperature: float, label_weight: float, hazard_weight: floa
     """Match the teacher's margins; a row's own label counts beside it.
 
     Per row: KL of the verdict at ``temperature`` (times its square, Hinton et al. 2015, arXiv 1503.02531), where a
-    teacher judged the row; ``label_weight`` times the cross entropy of its label, unless a teacher judged the row and the
-    label is one by construction, which yields; all of the label where no teacher judged; ``hazard_weight`` times the
-    hazards' loss, for which the teacher's probabilities count where the row does not name its own; ``benign_weight`` times the probability that a safe row is called unsafe, which pushes down the rows
-    that are false alarms and leaves alone those that are not.
+    teacher judged the row; ``label_weight`` times the cross entropy of its label, unless a teacher judged the row and
+    the label is one by construction, which yields; all of the label where no teacher judged; ``hazard_weight`` times
+    the hazards' loss, for which the teacher's probabilities count where the row names none; ``benign_weight`` times the
+    probability that a safe row is called unsafe, which pushes down the rows that are false alarms and leaves alone
+    those that are not.
     """
 
     def loss(student: Student, batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
     from convert.batches import Example
     from convert.distill import Loss
-    from convert.evaluate import Fitted
-    from convert.scores import Stage
+    from convert.evaluate import MeasuredStage
+    from convert.scores import Stage, TeacherStage
     from convert.student import Student
     from convert.teachers.score_file import Teacher
 
@@ -173,9 +174,7 @@ def label(recipe: Recipe) -> Path:
 
 
 def rows_to_judge(recipe: Recipe) -> list[Row]:
-    """At most ``judged`` rows: those without a label, those labelled by construction, then the others; each in the
-    order of the mix's hash.
-    """
+    """At most ``judged`` rows: those without a label, those labelled by construction, then the others; each shuffled."""
     rows = unlabelled_rows(recipe.distill["unlabelled"], recipe.corpus["seed"], leak_keys(recipe.evaluate["sets"]))
     mixed = shuffled_by_text([m.row for m in read_mix(recipe) if m.split == "train"], recipe.corpus["seed"])
     noisy = [row for row in mixed if is_noisy(row)]
@@ -272,7 +271,7 @@ def qat(recipe: Recipe) -> Path:
 
 
 def _run(recipe: Recipe, table: dict[str, Any], student: Student, loss: Loss, folder: Path, source: Path) -> None:
-    """Train a student of the base in ``source`` with the settings of a recipe's table; the run is kept in ``folder``."""
+    """Train a student of the base in ``source`` with a recipe's table of settings; the run is kept in ``folder``."""
     from convert.distill import Settings, Trainer
 
     names = {f.name for f in fields(Settings)}
@@ -343,51 +342,47 @@ def stages(recipe: Recipe) -> list[Stage]:
     return [onnx_stage(SHIPPED, export(recipe), pad_id), torch_stage(REFERENCE, train(recipe), pad_id)]
 
 
-def measure(
-    recipe: Recipe, stage: Stage, tests: dict[str, list[Row]]
-) -> tuple[Fitted, dict[str, Any], dict[str, np.ndarray]]:
-    """Fit a stage on the calibration split, then measure it on ``tests``. Scores are kept and read back."""
-    from convert.evaluate import fit_stage, measure_set
-    from convert.scores import score_rows
+def measure(recipe: Recipe, tests: dict[str, list[Row]], held_back: list[Row]) -> tuple[dict[str, Any], MeasuredStage]:
+    """The report over all stages, and the shipped one. Scores are kept and read back."""
+    from convert.evaluate import measure_stage, parity_rows, verdict_parity
+    from convert.record import CONTAINERS, POINT, SHIPPED, TORCH_INT4, make_report
+    from convert.scores import int4_stage, score_rows
 
     template, tokenizer = text_side(trimmed_base(recipe))
     max_tokens, cache = recipe.student["max_tokens"], recipe.build / "scores"
 
-    def logits(name: str, rows: list[Row]) -> np.ndarray:
+    def score(stage: Stage | TeacherStage, name: str, rows: Sequence[Row]) -> np.ndarray:
         return score_rows(stage, name, rows, template, tokenizer, max_tokens, cache)
 
-    held_back = calibration_rows(recipe)
-    fitted = fit_stage(held_back, logits("calibration", held_back))
-    scores = {name: logits(name, rows) for name, rows in tests.items()}
-    return fitted, {name: measure_set(rows, scores[name], fitted) for name, rows in tests.items()}, scores
+    measured = {stage.name: measure_stage(stage, tests, held_back, score) for stage in stages(recipe)}
+    report = make_report(list(measured.values()), tests, held_back, hazard_set=recipe.evaluate["hazards"])
+    sample, fitted = parity_rows(tests), measured[SHIPPED].fitted
+    reference = score(int4_stage(TORCH_INT4, qat(recipe), template.pad_id), "parity", sample)
+    report["parity"] = {
+        stage.name: {
+            "reference": TORCH_INT4,
+            **verdict_parity(sample, reference, score(stage, "parity", sample), fitted, POINT),
+        }
+        for stage in stages(recipe)
+        if stage.name in CONTAINERS
+    }
+    report["export"] = read_json(export(recipe).with_name("parity.json"))
+    return report, measured[SHIPPED]
 
 
 def evaluate(recipe: Recipe) -> Path:
-    """Step ``evaluate``: ``report.json`` over all stages, and the plots."""
-    from convert.evaluate import POLICY, hazard_recall, margins_of, mean_f1_lost
-    from convert.report import REFERENCE, SHIPPED, data_revisions, plot_report
+    """Step ``evaluate``: ``report.json`` over all stages, ``RECORD.md`` and the plots."""
+    from convert.plots import draw_plots
+    from convert.report import record_markdown
 
-    rows = evaluation_rows(recipe)
-    report: dict[str, Any] = {"policy": POLICY, "data": data_revisions(list(rows)), "stages": {}}
-    for stage in stages(recipe):
-        fitted, sets, scores = measure(recipe, stage, rows)
-        report["stages"][stage.name] = {"weights_sha256": stage.key, **fitted.to_dict(), "sets": sets}
-        if stage.name == SHIPPED:
-            prompts = recipe.evaluate["hazards"]
-            report["hazards"] = hazard_recall(rows[prompts], scores[prompts], fitted, "balanced")
-            curves = {
-                name: (
-                    np.array([row.label == "unsafe" for row in rows[name]]),
-                    fitted.probabilities(margins_of(scores[name]), [row.target for row in rows[name]]),
-                )
-                for name in recipe.evaluate["curves"]
-            }
-    both = report["stages"]
-    report["int4_loss"] = mean_f1_lost(both[REFERENCE]["sets"], both[SHIPPED]["sets"], "balanced")
-    report["parity"] = read_json(export(recipe).with_name("parity.json"))
+    tests, held_back = evaluation_rows(recipe), calibration_rows(recipe)
+    report, shipped = measure(recipe, tests, held_back)
     folder = recipe.build / "evaluate"
     folder.mkdir(exist_ok=True)
-    plot_report(report, curves, folder)
+    draw_plots(report, shipped, tests, held_back, recipe.evaluate["curves"], folder)
+    command = f"python -m convert evaluate recipes/{recipe.path.name}"
+    text = record_markdown(report, f"{recipe.name} {recipe.version}", command)
+    write_whole(folder / "RECORD.md", lambda path: path.write_text(text, encoding="utf-8"))
     write_json(folder / "report.json", report)
     return folder / "report.json"
 
@@ -411,8 +406,8 @@ def package(recipe: Recipe) -> Path:
     data = read_json(recipe.build / "data_manifest.json")
     write_json(staged / "manifest.json", manifest)
     write_json(staged / "data_manifest.json", data)
-    for picture in ("curves.png", "reliability.png"):
-        shutil.copy(report_path.with_name(picture), staged / picture)
+    for record in ("RECORD.md", "record.png", "curves.png", "reliability.png"):
+        shutil.copy(report_path.with_name(record), staged / record)
     for run in ("train", "qat"):
         shutil.copy(recipe.build / run / "loss.png", staged / f"{run}_loss.png")
         shutil.copy(recipe.build / run / "log.jsonl", staged / f"{run}_log.jsonl")

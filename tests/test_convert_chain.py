@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from convert_support import requests, write_base, write_data, write_recipe
+from convert_support import write_recipe
 
 pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
 pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
@@ -18,6 +18,7 @@ from click.testing import CliRunner  # noqa: E402
 from convert import steps  # noqa: E402
 from convert.__main__ import main  # noqa: E402
 from convert.recipe import Recipe, RecipeError, load_recipe  # noqa: E402
+from convert.smoke import requests, write_base, write_data  # noqa: E402
 from edgeguard import Guard  # noqa: E402
 from edgeguard.errors import ParityError  # noqa: E402
 

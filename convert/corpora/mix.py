@@ -150,8 +150,8 @@ def unlabelled_rows(sets: Mapping[str, int], seed: int, keys: set[str]) -> list[
         entry = get_set(name)
         if entry.role != "unlabelled" or entry.commercial != "yes":
             raise CorpusError(
-                f"{name}: role {entry.role}, commercial use {entry.commercial}; [distill] takes unlabelled sets, and only "
-                "those that a shipped model may learn from."
+                f"{name}: role {entry.role}, commercial use {entry.commercial}; [distill] takes unlabelled sets alone, "
+                "and of them those that a shipped model may learn from."
             )
         clear = (row for row in read_set(name) if keys.isdisjoint(_leak_keys(row)))
         rows += shuffled_by_text(clear, seed)[:most]

@@ -1,0 +1,168 @@
+"""``--smoke``: a recipe's whole chain in minutes, on a tiny random base and made-up rows, without any download.
+
+It shows that every step of the recipe works on this machine; the bundle that comes out judges nothing.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.corpora.registry import DATA_VARIABLE
+from convert.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+__all__ = ["llama_config", "requests", "row", "shrink", "write_base", "write_data", "write_sets"]
+
+# One word decides the label, so that a tiny student learns it in seconds.
+SAFE_VERBS = ("bake", "paint", "repair", "clean", "draw", "grow")
+UNSAFE_VERBS = ("hurt", "rob", "poison", "stalk", "threaten", "blackmail")
+THINGS = tuple(
+    f"{colour} {thing}" for colour in ("red", "blue", "old", "new") for thing in ("car", "cake", "shop", "man")
+)
+ENTRY = {
+    "commercial": "yes",
+    "license": "CC0-1.0",
+    "labels_by": "construction",
+    "rule": "made for a test",
+    "source": "example/rows@0:rows.jsonl",
+}
+
+
+def row(name: str, index: int, prompt: str, label: str | None, response: str | None = None) -> dict[str, Any]:
+    """One row of a set, as the files have it."""
+    return {
+        "id": f"{name}:{index}",
+        "prompt": prompt,
+        "response": response,
+        "label": label,
+        "target": "prompt" if response is None else "response",
+        "hazards": ["S1"] if label == "unsafe" else [],
+        "lang": "en",
+    }
+
+
+def requests(name: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """``count`` different requests, half of them unsafe; every third is an answer to a harmless question."""
+    rng = random.Random(seed)
+    rows = []
+    for index in range(count):
+        label, verbs = ("safe", SAFE_VERBS) if index % 2 else ("unsafe", UNSAFE_VERBS)
+        text = f"{rng.choice(verbs)} the {rng.choice(THINGS)} {name} {index}"
+        if index % 3:
+            rows.append(row(name, index, f"How do I {text}?", label))
+        else:
+            rows.append(row(name, index, f"What now, {name} {index}?", label, f"You {text}."))
+    return rows
+
+
+def write_sets(folder: Path, sets: dict[str, tuple[dict[str, str], list[dict[str, Any]]]]) -> Path:
+    """Write ``sets`` (name -> entry changes with ``role``, rows) as a data folder with its ``sets.json``."""
+    table = {}
+    for name, (changes, rows) in sets.items():
+        text = "".join(json.dumps(r) + "\n" for r in rows).encode()
+        table[name] = {**ENTRY, **changes, "rows": len(rows), "sha256": hashlib.sha256(text).hexdigest()}
+        path = folder / changes["role"] / f"{name}.jsonl.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(text))
+    (folder / "sets.json").write_text(json.dumps(table))
+    return folder
+
+
+def write_data(folder: Path) -> Path:
+    """A data folder with a train, a calibration, two test sets and an unlabelled one."""
+    return write_sets(
+        folder,
+        {
+            "tiny_train": ({"role": "train"}, requests("alpha", 600, 1)),
+            "tiny_calibration": ({"role": "calibration"}, requests("beta", 120, 2)),
+            "tiny_test": ({"role": "test"}, requests("gamma", 60, 3)),
+            "tiny_unsafe": ({"role": "test"}, [r for r in requests("delta", 40, 4) if r["label"] == "unsafe"]),
+            "tiny_unlabelled": ({"role": "unlabelled"}, [{**r, "label": None} for r in requests("epsilon", 60, 5)]),
+        },
+    )
+
+
+def llama_config(vocab_size: int, **changes: object) -> LlamaConfig:
+    """The shape of a Llama small enough for a test; ``changes`` go over it."""
+    from transformers import LlamaConfig
+
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "use_cache": False,
+    }
+    return LlamaConfig(vocab_size=vocab_size, **{**shape, **changes})
+
+
+def write_base(folder: Path) -> Path:
+    """A random three-layer Llama with a byte-level tokenizer and ChatML markers, as a transformers folder."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaForCausalLM
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [r["prompt"] for r in requests("alpha", 300, 1)] + ["system user assistant prompt response"] * 5
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True)])
+    torch.manual_seed(0)
+    config = llama_config(tokenizer.get_vocab_size(), num_hidden_layers=3, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+SHORT = {"tokens_per_step": 512, "max_tokens": 48, "evaluate_every": 40, "checkpoint_every": 20, "freeze_layers": 0}
+TRAINING = {**SHORT, "passes": 4.0, "learning_rate": 3e-3, "head_learning_rate": 1e-2, "warmup": 0.1}
+
+
+def shrink(recipe: Recipe) -> Recipe:
+    """The recipe with everything large made small, in a ``smoke`` folder of its build; sets the data folder.
+
+    What kinds of teacher, pruning, loss and road it names stays as it is.
+    """
+    folder = recipe.build / "smoke"
+    os.environ[DATA_VARIABLE] = str(write_data(folder / "data"))
+    base = {"model": "smoke/tiny", "folder": str(write_base(folder / "base"))}
+    changes: dict[str, Any] = {
+        "base": base,
+        "student": {**recipe.student, "layers": 2, "max_tokens": 64, "samples": 64},
+        "train": {**recipe.train, **TRAINING},
+        "qat": {**recipe.qat, **SHORT, "steps": 20, "learning_rate": 1e-3},
+        "export": {**recipe.export, "samples": 20},
+        "calibrate": {"sets": ["tiny_calibration"]},
+        "evaluate": {"sets": ["tiny_test", "tiny_unsafe"], "curves": ["tiny_test"], "hazards": "tiny_unsafe"},
+        "corpus": {
+            "seed": 1,
+            "constructed": {"refusals": 5, "creative": 10},
+            "sets": {"tiny_train": {"safe": 250, "unsafe": 250}},
+        },
+    }
+    if "intermediate_size" in recipe.student:
+        changes["student"]["intermediate_size"] = 64
+    if recipe.teacher.get("kind") == "trained":
+        training = {**recipe.teacher["train"], **TRAINING}
+        changes["teacher"] = {**recipe.teacher, "base": base, "layers": 3, "max_tokens": 48, "train": training}
+    if recipe.distill:
+        changes["distill"] = {**recipe.distill, "unlabelled": {"tiny_unlabelled": 40}, "judged": 400}
+    return replace(recipe, **changes, build=folder / "build", models=folder / "models")
