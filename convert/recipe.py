@@ -55,21 +55,33 @@ class Recipe:
 
 
 def load_recipe(path: Path, build: Path | None = None, models: Path | None = None) -> Recipe:
-    """Read a recipe; a relative path is also looked for beside this package. Raises RecipeError."""
+    """Read a recipe; a relative path is also looked for beside this package. Raises RecipeError.
+
+    A table that is only ``like = "other.toml"`` is that recipe's table of the same name.
+    """
     found = next((p for p in (path, HERE / path) if p.is_file()), None)
     if found is None:
         known = ", ".join(f"recipes/{p.name}" for p in sorted((HERE / "recipes").glob("*.toml")))
         raise RecipeError(f"no recipe at {path}. There are: {known}.")
-    try:
-        data = tomllib.loads(found.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{found.name}: {error}") from error
+    data = _parse(found)
     wanted = {"name", "version", "license", "languages", *TABLES}
-    if (missing := wanted - set(data)) or set(data) - wanted - set(OPTIONAL):
-        unknown = set(data) - wanted - set(OPTIONAL)
+    missing, unknown = wanted - set(data), set(data) - wanted - set(OPTIONAL)
+    if missing or unknown:
         raise RecipeError(f"{found.name}: missing {sorted(missing)}, unknown {sorted(unknown)}.")
     data = {**dict.fromkeys(OPTIONAL, {}), **data}
+    for table in (*TABLES, *OPTIONAL):
+        if set(data[table]) == {"like"}:
+            data[table] = _parse(found.with_name(data[table]["like"]))[table]
     if data["distill"] and not data["teacher"]:
         raise RecipeError(f"{found.name}: [distill] needs a [teacher].")
     folder = build or HERE.parent / "build" / data["name"]
     return Recipe(**data, path=found, sha256=sha256_of(found), build=folder, models=models or HERE.parent / "models")
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"no recipe at {path}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path.name}: {error}") from error

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,8 +108,12 @@ def llama_config(vocab_size: int, **changes: object) -> LlamaConfig:
     return LlamaConfig(vocab_size=vocab_size, **{**shape, **changes})
 
 
-def write_base(folder: Path) -> Path:
-    """A random three-layer Llama with a byte-level tokenizer and ChatML markers, as a transformers folder."""
+CHATML = ("<|im_start|>", "<|im_end|>")
+LLAMA_3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+def write_base(folder: Path, markers: Sequence[str] = CHATML) -> Path:
+    """A random three-layer Llama with a byte-level tokenizer and the turn ``markers``, as a transformers folder."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaForCausalLM
@@ -117,14 +122,15 @@ def write_base(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     texts = [r["prompt"] for r in requests("alpha", 300, 1)] + ["system user assistant prompt response"] * 5
+    texts += ["safe unsafe", *(str(n) for n in range(10, 15)), "safe", "unsafe"] * 5
     trainer = trainers.BpeTrainer(
         vocab_size=512,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=["<|endoftext|>", *markers],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken("<|im_start|>", special=True)])
+    tokenizer.add_special_tokens([AddedToken(markers[0], special=True)])
     torch.manual_seed(0)
     config = llama_config(tokenizer.get_vocab_size(), num_hidden_layers=3, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -143,7 +149,8 @@ def shrink(recipe: Recipe) -> Recipe:
     """
     folder = recipe.build / "smoke"
     os.environ[DATA_VARIABLE] = str(write_data(folder / "data"))
-    base = {"model": "smoke/tiny", "folder": str(write_base(folder / "base"))}
+    markers = LLAMA_3 if "Llama" in recipe.base["model"] else CHATML
+    base = {"model": "smoke/tiny", "folder": str(write_base(folder / "base", markers))}
     changes: dict[str, Any] = {
         "base": base,
         "student": {**recipe.student, "layers": 2, "max_tokens": 64, "samples": 64},

@@ -100,7 +100,8 @@ def trimmed_base(recipe: Recipe) -> Path:
     folder = recipe.build / "trimmed"
     record = folder / "trimmed.json"
     if not _made(record, {"base": recipe.base, "trim_min_count": least, "data": _data_sha256(recipe)}):
-        texts = (text for m in read_mix(recipe) if m.split == "train" for _, text in m.row.messages())
+        texts = [text for m in read_mix(recipe) if m.split == "train" for _, text in m.row.messages()]
+        texts += [text for text in recipe.student.get("target_tokens", {}).values() for _ in range(least)]
         write_json(record, trim_base(base(recipe), folder, texts, min_count=least))
     return folder
 
