@@ -66,7 +66,8 @@ def gptq(student: Student, batches: Sequence[Batch], damping: float = 0.01) -> d
 
     ``batches``: calibration rows, a few hundred of the kind that the student will read; their padding does not count.
     ``damping``: added to the Hessian's diagonal, as a share of its mean. Returns weights under their names in
-    ``student.numpy_weights()``; norms and head are not among them. The student is left as it was. Progress on stderr.
+    ``student.numpy_weights()``; norms and head are not among them. The student keeps its own weights. Progress on
+    stderr.
 
     The values are on the grid, but not where ``quantize_int4`` would put them: hand the integers to an exporter
     (``student.numpy_weights() | gptq(...)``) and never round the values again.
