@@ -1,41 +1,26 @@
-"""``report.json``, ``MODEL_CARD.md`` and plots of a bundle: written from the measurements, never by hand."""
+"""``MODEL_CARD.md`` and ``RECORD.md``: written from the measurements, never by hand."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from convert.corpora.registry import load_sets
-from convert.files import write_whole
 from convert.recipe import Recipe
+from convert.record import (
+    POINT,
+    REFERENCE,
+    SHIPPED,
+    check_comparable,
+    common_sets,
+    set_title,
+    stage_title,
+)
 from edgeguard.taxonomy import HAZARDS
 
-__all__ = ["REFERENCE", "SHIPPED", "comparison_table", "data_revisions", "model_card", "plot_report"]
+__all__ = ["REFERENCE", "SHIPPED", "comparison_table", "figure", "model_card", "record_markdown"]
 
-SET_TITLES = {
-    "openai_moderation": "OpenAI Moderation",
-    "toxicchat_test": "ToxicChat",
-    "xstest": "XSTest",
-    "orbench_hard_held_out": "OR-Bench-Hard, held-out third",
-    "simplesafetytests": "SimpleSafetyTests",
-    "harmbench_prompt": "HarmBench",
-    "advbench": "AdvBench",
-    "ailuminate_demo_en": "AILuminate demo",
-    "multijail": "MultiJail (10 languages)",
-    "rtplx_en": "RTP-LX en",
-    "rtplx_de": "RTP-LX de",
-    "rtplx_fr": "RTP-LX fr",
-    "rtplx_es": "RTP-LX es",
-    "llm_eval_prompts_benign": "Assistant benchmarks (benign)",
-    "gsm8k_benign": "GSM8K (benign)",
-    "wildchat_benign": "WildChat (benign)",
-    "beavertails_test": "BeaverTails",
-    "xstest_response": "XSTest responses",
-    "harmbench_response": "HarmBench responses",
-}
-SHIPPED = "student-int4-onnx"
-REFERENCE = "student-fp32"
+PIVOTS = {"f1": "F1", "fpr": "False-positive rate", "auprc": "AUPRC"}
 
 
 def figure(value: float | None, interval: Sequence[float] | None = None) -> str:
@@ -46,10 +31,6 @@ def figure(value: float | None, interval: Sequence[float] | None = None) -> str:
     return text if interval is None else f"{text} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
-def _title(name: str) -> str:
-    return SET_TITLES.get(name, name)
-
-
 def comparison_table(report: Mapping[str, Any], point: str, stage: str = SHIPPED) -> str:
     """One Markdown row a test set, at one operating point."""
     lines = ["| set | judges | n (unsafe) | F1 | precision | recall | FPR | AUPRC | ECE |", "|---" * 9 + "|"]
@@ -57,11 +38,16 @@ def comparison_table(report: Mapping[str, Any], point: str, stage: str = SHIPPED
         m = entry["points"][point]
         i = m["intervals"]
         lines.append(
-            f"| {_title(name)} | {entry['target']} | {m['n']} ({m['n_unsafe']}) | {figure(m['f1'], i['f1'])} | "
+            f"| {set_title(name)} | {entry['target']} | {m['n']} ({m['n_unsafe']}) | {figure(m['f1'], i['f1'])} | "
             f"{figure(m['precision'])} | {figure(m['recall'], i['recall'])} | {figure(m['fpr'], i['fpr'])} | "
             f"{figure(m['auprc'], i['auprc'])} | {figure(m['ece'])} |"
         )
     return "\n".join(lines)
+
+
+def points(value: float | None) -> str:
+    """A difference in points, with its sign; an undefined one is a dash."""
+    return "–" if value is None else f"{value:+.2f}"
 
 
 def _loss_table(report: Mapping[str, Any]) -> str:
@@ -69,14 +55,17 @@ def _loss_table(report: Mapping[str, Any]) -> str:
         "| set | F1 fp32 | F1 INT4 ONNX | lost (points) | AUPRC fp32 | AUPRC INT4 ONNX |",
         "|---|---|---|---|---|---|",
     ]
-    before, after = (report["stages"][s]["sets"] for s in (REFERENCE, SHIPPED))
+    both = {name: report["stages"][name] for name in (REFERENCE, SHIPPED)}
+    check_comparable(both)
+    before, after = (stage["sets"] for stage in both.values())
     for name, lost in report["int4_loss"]["by_set"].items():
         a, b = before[name]["points"]["balanced"], after[name]["points"]["balanced"]
         lines.append(
-            f"| {_title(name)} | {figure(a['f1'])} | {figure(b['f1'])} | {lost:+.2f} | "
+            f"| {set_title(name)} | {figure(a['f1'])} | {figure(b['f1'])} | {lost:+.2f} | "
             f"{figure(a['auprc'])} | {figure(b['auprc'])} |"
         )
-    lines.append(f"| **mean** | | | **{report['int4_loss']['mean']:+.2f}** | | |")
+    lost = report["int4_loss"]
+    lines.append(f"| **mean of {lost['sets']} sets** | | | **{points(lost['mean'])}** | | |")
     return "\n".join(lines)
 
 
@@ -108,7 +97,7 @@ def _points_table(manifest: Mapping[str, Any]) -> str:
 def model_card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """The card, in Markdown."""
     size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
-    parity = report["parity"]
+    export = report["export"]
     command = f"python -m convert run recipes/{recipe.path.name}"
     return f"""# {recipe.name} {recipe.version}
 
@@ -122,7 +111,8 @@ returns the probability that it is unsafe and one per MLCommons hazard (S1..S14)
 - **Language:** {", ".join(recipe.languages)}. Other languages are measured below and are not supported.
 - **Context:** {recipe.student["max_tokens"]} tokens; longer input keeps head and tail and is never "allow".
 - **Teacher:** {manifest["teacher"] or "none; trained on the sets' own labels"}.
-- Every figure here is in `report.json`, made by `{command}`, which wrote this card.
+- Every figure here is in `report.json`, made by `{command}`, which wrote this card; all stages side by side, what each
+  step cost, and the worst mistakes are in `RECORD.md`.
 
 ## Figures: INT4 ONNX at `balanced`
 95 % bootstrap intervals in brackets. {report["policy"]} Sets of one class show only what they define.
@@ -144,8 +134,11 @@ all figures of the float32 student are in `report.json`.
 
 {_loss_table(report)}
 
-The exported file against the torch model of the same INT4 weights, {parity["n"]} texts: largest logit difference
-{parity["max_abs_diff"]:.3f}, mean {parity["mean_abs_diff"]:.4f}.
+The exported file against the torch model of the same INT4 weights, {export["n"]} texts: largest logit difference
+{export["max_abs_diff"]:.3f}, mean {export["mean_abs_diff"]:.4f}. Verdicts on rows of the test sets, each container
+against that model:
+
+{_parity_table(report)}
 
 ## Hazards, on AILuminate's demo prompts
 Its prompts elicit a hazard and need not be unsafe in themselves. "Flagged" at `balanced`; "named first": the highest
@@ -167,51 +160,185 @@ hazard probability is the prompt's own hazard.
 """
 
 
-def plot_report(report: Mapping[str, Any], curves: Mapping[str, Any], folder: Path) -> None:
-    """``curves.png`` (precision against recall) and ``reliability.png`` (observed against predicted).
+def record_markdown(report: Mapping[str, Any], title: str, command: str) -> str:
+    """``RECORD.md``: every stage on every test set, what was lost, and where. ``command`` made the figures.
 
-    ``curves``: set -> (labels bool [n], p_unsafe [n]) of the shipped stage.
+    Raises RecordError when the stages were not measured alike.
     """
-    import matplotlib
+    stages, held_back, worst = report["stages"], report["calibration_data"], report["worst"]
+    check_comparable(stages)
+    pivots = "\n\n".join(f"## {name}\n{_pivot(stages, key)}" for key, name in PIVOTS.items())
+    full = "\n\n".join(f"### {stage_title(name)}\n{comparison_table(report, POINT, name)}" for name in stages)
+    return f"""# {title}: the record
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
+Made by `{command}` from `report.json`, at the operating point `{POINT}`. {report["policy"]} A dash: not measured, or
+not defined (a set of one class has no F1). A mean is over the sets that every stage of its table has.
 
-    figure_, axes = plt.subplots(figsize=(6.5, 5))
-    for name, (labels, p_unsafe) in curves.items():
-        order = np.argsort(-p_unsafe, kind="stable")
-        hits = np.cumsum(labels[order])
-        area = report["stages"][SHIPPED]["sets"][name]["points"]["balanced"]["auprc"]
-        axes.plot(hits / hits[-1], hits / np.arange(1, len(hits) + 1), label=f"{_title(name)} ({area:.3f})")
-    axes.set(xlabel="recall", ylabel="precision", ylim=(0, 1.02), title="INT4 ONNX (AUPRC)")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    _save(figure_, folder / "curves.png")
+![F1, recall and false-positive rate by stage and set](record.png)
 
-    figure_, axes = plt.subplots(figsize=(6.5, 5))
-    axes.plot([0, 1], [0, 1], color="gray", linestyle=":")
-    for name, (labels, p_unsafe) in curves.items():
-        bins = np.minimum((p_unsafe * 10).astype(int), 9)
-        filled = [b for b in range(10) if (bins == b).sum() >= 10]
-        predicted = [p_unsafe[bins == b].mean() for b in filled]
-        axes.plot(predicted, [labels[bins == b].mean() for b in filled], marker="o", label=_title(name))
-    axes.set(
-        xlabel="predicted p_unsafe", ylabel="observed share unsafe", title="Reliability (bins of 10 rows and more)"
-    )
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    _save(figure_, folder / "reliability.png")
+{pivots}
+
+## F1 lost
+In points (0.01 F1); a positive figure is a loss. A stage that was not measured is passed over.
+
+{_lost_table(report["lost"])}
+
+Against the stage before, by set:
+
+{_lost_by_set(report["lost"], stages)}
+
+## Roads to INT4
+The same fp32 student by each road: points lost, all over the same sets.
+
+{_roads(report["roads"])}
+
+## Containers
+The verdicts of each container against the torch model of the same INT4 weights, on rows of the test sets: the
+uncalibrated margin, and the decision at `{POINT}`.
+
+{_parity_table(report)}
+
+## Calibration per label
+On the {held_back["rows"]} rows of the calibration split: the error (ECE) of the raw logit, and after a temperature and
+a bias of the label's own, each half of the rows measured with the fit of the other. The runtime calibrates the verdict;
+it reports the hazards as they are.
+
+{_labels(report["labels"])}
+
+![Reliability](reliability.png)
+
+## Recall by hazard
+{_hazard_table(report)}
+
+## The {len(worst)} worst mistakes
+Of the {stage_title(SHIPPED)}, by distance from the threshold in log-odds. By id: the texts are in the sets.
+
+{_worst_by_set(worst)}
+
+{_worst(worst)}
+
+## Rows
+Calibration rows: revision `{held_back["sha256"][:12]}`.
+
+{_sets(report["data"])}
+
+## Every figure, by stage
+95 % bootstrap intervals in brackets.
+
+{full}
+"""
 
 
-def _save(figure_: Any, path: Path) -> None:  # noqa: ANN401 - a matplotlib Figure
-    import matplotlib.pyplot as plt
-
-    figure_.tight_layout()
-    write_whole(path, lambda p: figure_.savefig(p, dpi=110, format="png"))
-    plt.close(figure_)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-def data_revisions(names: Sequence[str]) -> dict[str, str]:
-    """sha256 of each set's text, so that figures of different revisions are never compared."""
-    return {name: load_sets()[name].sha256 for name in names if name in load_sets()}
+def _pivot(stages: Mapping[str, Any], key: str) -> str:
+    """Sets down, stages across, one figure; the shipped stage in bold. Sets that no stage defines are left out."""
+    values = {
+        stage: {name: entry["points"][POINT][key] for name, entry in found["sets"].items()}
+        for stage, found in stages.items()
+    }
+    names = list(dict.fromkeys(name for found in stages.values() for name in found["sets"]))
+    rows = []
+    for name in names:
+        cells = [values[stage].get(name) for stage in stages]
+        if any(cell is not None for cell in cells):
+            rows.append([set_title(name), *_emphasised(stages, [figure(cell) for cell in cells])])
+    if common := common_sets(stages, key):
+        means = [sum(values[stage][name] for name in common) / len(common) for stage in stages]
+        rows.append([f"**mean of {len(common)} sets**", *_emphasised(stages, [figure(mean) for mean in means])])
+    return _table(["set", *map(stage_title, stages)], rows)
+
+
+def _emphasised(stages: Mapping[str, Any], cells: Sequence[str]) -> list[str]:
+    pairs = zip(stages, cells, strict=True)
+    return [f"**{cell}**" if stage == SHIPPED and cell != "–" else cell for stage, cell in pairs]
+
+
+def _lost_table(lost: Mapping[str, Any]) -> str:
+    rows = []
+    for stage, entry in lost.items():
+        before, teacher = entry["before"], entry["teacher"]
+        cells = [stage_title(stage), stage_title(before["stage"]) if before else "–"]
+        for other in (before, teacher):
+            cells += [points(other["mean"]), str(other["sets"])] if other else ["–", "–"]
+        rows.append(cells)
+    return _table(["stage", "the stage before", "F1 lost to it", "sets", "F1 lost to the teacher", "sets"], rows)
+
+
+def _lost_by_set(lost: Mapping[str, Any], stages: Mapping[str, Any]) -> str:
+    entries = {stage: entry["before"] for stage, entry in lost.items() if entry["before"]}
+    rows = [
+        [set_title(name), *(points(entry["by_set"].get(name)) for entry in entries.values())]
+        for name in dict.fromkeys(name for found in stages.values() for name in found["sets"])
+        if any(name in entry["by_set"] for entry in entries.values())
+    ]
+    rows.append(["**mean** (sets)", *(f"**{points(e['mean'])}** ({e['sets']})" for e in entries.values())])
+    titles = [f"{stage_title(stage)} against {stage_title(entry['stage'])}" for stage, entry in entries.items()]
+    return _table(["set", *titles], rows)
+
+
+def _roads(table: Mapping[str, Any]) -> str:
+    roads = table["roads"]
+    head = ["set", *(f"{road} ({stage_title(e['stage'])}): {w}" for road, e in roads.items() for w in ("F1", "AUPRC"))]
+    losses = [entry[key] for entry in roads.values() for key in ("f1_lost", "auprc_lost")]
+    rows = [[set_title(name), *(points(loss["by_set"].get(name)) for loss in losses)] for name in table["sets"]]
+    rows.append([f"**mean of {len(table['sets'])} sets**", *(f"**{points(loss['mean'])}**" for loss in losses)])
+    return _table(head, rows)
+
+
+def _parity_table(report: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            stage_title(name),
+            stage_title(entry["reference"]),
+            str(entry["rows"]),
+            f"{entry['max_abs_diff']:.3f}",
+            f"{entry['mean_abs_diff']:.4f}",
+            f"{entry['agreement']:.4f}",
+        ]
+        for name, entry in report["parity"].items()
+    ]
+    return _table(["container", "against", "rows", "largest difference", "mean difference", "same decision"], rows)
+
+
+def _labels(labels: Mapping[str, Any]) -> str:
+    entries = {f"unsafe, {target}": entry for target, entry in labels["verdict"].items()}
+    entries |= {f"{code} {HAZARDS[code].name}": entry for code, entry in labels["hazards"].items()}
+    rows = [
+        [
+            label,
+            f"{entry['n']} ({entry['positives']})",
+            *(figure(entry[key]) for key in ("temperature", "bias", "ece_before", "ece_after")),
+            entry.get("why", ""),
+        ]
+        for label, entry in entries.items()
+    ]
+    return _table(["label", "n (positive)", "temperature", "bias", "ECE before", "ECE after", "no fit because"], rows)
+
+
+def _worst_by_set(worst: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter((m["set"], m["label"]) for m in worst)
+    rows = [
+        [set_title(name), "missed" if label == "unsafe" else "false alarm", str(count)]
+        for (name, label), count in counts.most_common()
+    ]
+    return _table(["set", "mistake", "of these"], rows)
+
+
+def _worst(worst: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [f"`{m['id']}`", m["target"], m["label"], f"{m['p_unsafe']:.4f}", f"{m['threshold']:.4f}", f"{m['off']:.2f}"]
+        for m in worst
+    ]
+    return _table(["row", "judges", "label", "p_unsafe", "threshold", "off"], rows)
+
+
+def _sets(data: Mapping[str, Any]) -> str:
+    rows = [
+        [set_title(name), entry["split"], str(entry["rows"]), f"`{entry['rows_sha256'][:12]}`", entry["labels"]]
+        for name, entry in data.items()
+    ]
+    return _table(["set", "split", "rows", "revision", "unsafe is"], rows)

@@ -1,11 +1,14 @@
-"""Scoring rows with a stage of the student: logits are kept by stage and set, and read back when nothing changed."""
+"""Scoring rows with a stage: logits are kept by stage and set, and read back when nothing changed.
+
+A stage is the student as it stands after a step, or the teacher as its score file has it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,28 +19,81 @@ import numpy as np
 from convert.corpora.registry import Row
 from convert.files import write_whole
 from edgeguard.bundle import sha256_of
+from edgeguard.errors import EdgeguardError
 from edgeguard.prompt import Template
+from edgeguard.taxonomy import HAZARDS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from convert.batches import Example
+    from edgeguard.engines import Engine
 
-__all__ = ["Stage", "onnx_stage", "score_rows", "torch_stage"]
+__all__ = [
+    "ScoresError",
+    "Stage",
+    "TeacherStage",
+    "engine_stage",
+    "int4_stage",
+    "onnx_stage",
+    "score_rows",
+    "teacher_stage",
+    "torch_stage",
+]
 
 BATCH_TOKENS = 2048
 
 
+class ScoresError(EdgeguardError):
+    """Scores that a stage should have are not there."""
+
+
 @dataclass(frozen=True)
 class Stage:
-    """A model as it stands after a step. ``logits``: examples -> float32 [n, K]; ``key``: changes with its weights."""
+    """A model as it stands after a step. ``logits``: examples -> float32 [n, K]; ``key``: changes with its weights.
+
+    ``sets``: the test sets that it is measured on, None for all: a slow stage may leave some out.
+    """
 
     name: str
     key: str
     logits: Callable[[Sequence[Example]], np.ndarray]
+    sets: tuple[str, ...] | None = None
+
+    def covers(self, name: str, rows: Sequence[Row]) -> bool:
+        """Whether the set ``name`` is to be measured."""
+        return bool(rows) and (self.sets is None or name in self.sets)
 
 
-def torch_stage(name: str, folder: Path, pad_id: int) -> Stage:
+@dataclass(frozen=True)
+class TeacherStage:
+    """A teacher as its score file has it. ``margins``: log-odds of unsafe by row id; ``key``: the file's sha256."""
+
+    name: str
+    key: str
+    margins: Mapping[str, float]
+
+    def covers(self, name: str, rows: Sequence[Row]) -> bool:
+        """Whether the teacher judged the set ``name``: any row of it, since a part is refused when it is read."""
+        return any(row.id in self.margins for row in rows)
+
+    def logits_of(self, name: str, rows: Sequence[Row]) -> np.ndarray:
+        """Logits float32 [n, K]: 0 for safe, the margin for unsafe, NaN for the hazards, which a margin does not tell.
+
+        Raises ScoresError when the file lacks a row: figures over a part of a set may not stand beside the others.
+        """
+        missing = [row.id for row in rows if row.id not in self.margins]
+        if missing:
+            raise ScoresError(
+                f"{self.name}: no score for {len(missing)} of the {len(rows)} rows of {name} ({missing[0]}, ...). "
+                "Judge all rows of a set, or none, and all of the calibration split."
+            )
+        logits = np.full((len(rows), 2 + len(HAZARDS)), np.nan, dtype=np.float32)
+        logits[:, 0], logits[:, 1] = 0, [self.margins[row.id] for row in rows]
+        return logits
+
+
+def torch_stage(name: str, folder: Path, pad_id: int, sets: tuple[str, ...] | None = None) -> Stage:
     """The float32 student in ``folder``, computed in float32."""
 
     def logits(examples: Sequence[Example]) -> np.ndarray:
@@ -46,33 +102,86 @@ def torch_stage(name: str, folder: Path, pad_id: int) -> Stage:
 
         return score(Student.load(folder), examples, pad_id, bf16=False, tokens=BATCH_TOKENS)
 
-    return Stage(name, sha256_of(folder / "student.safetensors"), logits)
+    return Stage(name, sha256_of(folder / "student.safetensors"), logits, sets)
 
 
-def onnx_stage(name: str, path: Path, pad_id: int) -> Stage:
+def int4_stage(name: str, folder: Path, pad_id: int, sets: tuple[str, ...] | None = None) -> Stage:
+    """The student in ``folder`` with its weights rounded to the INT4 grid, computed in float32 by torch.
+
+    Rounding leaves weights that are on the grid already as they are. So this is all three roads: the float32 student's
+    folder gives plain rounding, GPTQ's and QAT's folders give what those left.
+    """
+
+    def logits(examples: Sequence[Example]) -> np.ndarray:
+        from convert.distill import score
+        from convert.fake_quant import bake_int4
+        from convert.student import Student
+
+        student = Student.load(folder)
+        bake_int4(student.model)
+        return score(student, examples, pad_id, bf16=False, tokens=BATCH_TOKENS)
+
+    return Stage(name, sha256_of(folder / "student.safetensors"), logits, sets)
+
+
+def onnx_stage(name: str, path: Path, pad_id: int, sets: tuple[str, ...] | None = None) -> Stage:
     """An exported ONNX file, on onnxruntime's CPU provider."""
 
     def logits(examples: Sequence[Example]) -> np.ndarray:
         import onnxruntime
 
-        from convert.batches import batches
-
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        rows: dict[int, np.ndarray] = {}
-        for indices, batch in batches(examples, BATCH_TOKENS, pad_id):
-            feeds = {"input_ids": batch.ids.numpy(), "attention_mask": batch.mask.numpy()}
-            rows.update(zip(indices, session.run(["logits"], feeds)[0], strict=True))
-        return np.stack([rows[i] for i in range(len(examples))])
+        return _batched(
+            lambda ids, mask: session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0], examples, pad_id
+        )
 
-    return Stage(name, sha256_of(path), logits)
+    return Stage(name, sha256_of(path), logits, sets)
+
+
+def engine_stage(
+    name: str, path: Path, open_engine: Callable[[], Engine], pad_id: int, sets: tuple[str, ...] | None = None
+) -> Stage:
+    """The file ``path`` on an engine of the runtime, which ``open_engine`` makes when rows are to be scored."""
+
+    def logits(examples: Sequence[Example]) -> np.ndarray:
+        return _batched(open_engine().logits, examples, pad_id)
+
+    return Stage(name, sha256_of(path), logits, sets)
+
+
+def teacher_stage(name: str, path: Path) -> TeacherStage:
+    """The teacher whose scores of test and calibration rows are in ``path`` (see convert.teachers.score_file)."""
+    from convert.teachers.score_file import read_scores
+
+    return TeacherStage(name, sha256_of(path), {id_: score.margin for id_, score in read_scores(path).items()})
+
+
+def _batched(
+    run: Callable[[np.ndarray, np.ndarray], np.ndarray], examples: Sequence[Example], pad_id: int
+) -> np.ndarray:
+    """Logits [n, K] of examples in their order; ``run``: ids, mask int64 [b, L] -> logits [b, K]."""
+    from convert.batches import batches
+
+    rows: dict[int, np.ndarray] = {}
+    for indices, batch in batches(examples, BATCH_TOKENS, pad_id):
+        rows.update(zip(indices, run(batch.ids.numpy(), batch.mask.numpy()), strict=True))
+    return np.stack([rows[i] for i in range(len(examples))])
 
 
 def score_rows(
-    stage: Stage, name: str, rows: Sequence[Row], template: Template, tokenizer: Tokenizer, max_tokens: int, cache: Path
+    stage: Stage | TeacherStage,
+    name: str,
+    rows: Sequence[Row],
+    template: Template,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    cache: Path,
 ) -> np.ndarray:
     """Logits [n, K] of ``rows`` (the set ``name``), from ``cache`` when stage, rows and template are the same."""
     from convert.batches import encode_rows
 
+    if isinstance(stage, TeacherStage):
+        return stage.logits_of(name, rows)
     key = _key(stage, rows, template, max_tokens)
     path = cache / stage.name / f"{name}.npz"
     if path.is_file():

@@ -1,0 +1,345 @@
+"""The record: only like is compared, means say over what, a teacher counts from its file, and no row is quoted."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
+pytest.importorskip("matplotlib", reason="the conversion layer needs edgeguard-runtime[convert]")
+
+from click.testing import CliRunner  # noqa: E402
+
+from convert.__main__ import main  # noqa: E402
+from convert.batches import Example  # noqa: E402
+from convert.corpora.registry import Row  # noqa: E402
+from convert.evaluate import MeasuredStage, measure_stage, verdict_parity  # noqa: E402
+from convert.plots import draw_plots  # noqa: E402
+from convert.record import (  # noqa: E402
+    REFERENCE,
+    SHIPPED,
+    STAGES,
+    TEACHER,
+    TORCH_INT4,
+    RecordError,
+    check_comparable,
+    common_sets,
+    losses,
+    make_report,
+    roads_table,
+)
+from convert.report import record_markdown  # noqa: E402
+from convert.scores import (  # noqa: E402
+    ScoresError,
+    Stage,
+    TeacherStage,
+    engine_stage,
+    int4_stage,
+    teacher_stage,
+    torch_stage,
+)
+from edgeguard.taxonomy import HAZARDS  # noqa: E402
+
+K = 2 + len(HAZARDS)
+ROADS = ("student-int4-rounded", "student-int4-gptq", TORCH_INT4)
+
+
+def _rows(name: str, count: int, target: str = "prompt", only: str | None = None) -> list[Row]:
+    answer = "Secret answer." if target == "response" else None
+    labels = [only or ("unsafe" if i % 2 else "safe") for i in range(count)]
+    return [
+        Row(f"{name}:{i}", name, target, label, f"Secret text {i}", answer, ("S2",) if label == "unsafe" else ())
+        for i, label in enumerate(labels)
+    ]
+
+
+CALIBRATION = _rows("openai_rbr_gold", 200) + _rows("tdc2023", 200, "response")
+TESTS = {
+    "xstest": _rows("xstest", 80),
+    "gsm8k_benign": _rows("gsm8k_benign", 40, only="safe"),
+    "ailuminate_demo_en": _rows("ailuminate_demo_en", 40, only="unsafe"),
+    "xstest_response": _rows("xstest_response", 60, "response"),
+}
+
+
+def _logits(rows: list[Row], noise: float, seed: int) -> NDArray[np.float32]:
+    """Margins of +1 and -1 with noise; hazard S2 the highest where it is named."""
+    rng = np.random.default_rng([seed, len(rows)])
+    logits = np.zeros((len(rows), K), dtype=np.float32)
+    logits[:, 1] = [1 if row.label == "unsafe" else -1 for row in rows]
+    logits[:, 1] += rng.normal(0, noise, len(rows))
+    logits[:, 3] = [2 if row.hazards else -2 for row in rows] + rng.normal(0, 1, len(rows))
+    return logits
+
+
+def _measured(
+    name: str, noise: float = 1.0, seed: int = 0, sets: tuple[str, ...] | None = None, tests: Any = TESTS
+) -> MeasuredStage:
+    def score(_: Stage | TeacherStage, __: str, rows: Any) -> NDArray[np.float32]:
+        return _logits(rows, noise, seed)
+
+    stage = Stage(name, f"{name}-weights", lambda examples: np.zeros((len(examples), K)), sets)
+    return measure_stage(stage, tests, CALIBRATION, score)
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[MeasuredStage]:
+    """All eight stages, out of order; the teacher on one set of both classes, the roads on the two."""
+    both = ("xstest", "xstest_response")
+    return [
+        _measured(SHIPPED, 1.1, 4),
+        _measured(REFERENCE, 1.0, 1),
+        _measured(TEACHER, 0.3, 0, ("xstest", "ailuminate_demo_en")),
+        *(_measured(name, 1.0 + 0.3 * i, 2 + i, both) for i, name in enumerate(ROADS)),
+        _measured("student-int4-gguf", 1.1, 5),
+        _measured("student-onnx-standard", 1.1, 6),
+    ]
+
+
+@pytest.fixture(scope="module")
+def made(measured: list[MeasuredStage]) -> dict[str, Any]:
+    report = make_report(measured, TESTS, CALIBRATION, hazard_set="ailuminate_demo_en")
+    rows = TESTS["xstest"]
+    found = verdict_parity(rows, _logits(rows, 1, 7), _logits(rows, 1, 8), measured[0].fitted, "balanced")
+    return {**report, "parity": {SHIPPED: {"reference": TORCH_INT4, **found}}}
+
+
+@pytest.fixture
+def report(made: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(made)
+
+
+def _stage(f1: dict[str, float | None], auprc: float = 0.5, **conditions: str) -> dict[str, Any]:
+    """An entry of ``report["stages"]`` with figures made by hand."""
+    shared = {"policy": "p" * 64, "calibration": "c" * 64, **conditions}
+    sets = {name: {"revision": "r" * 64, "split": "test", "labels": "l" * 64} for name in f1}
+    points = {name: {"points": {"balanced": {"f1": value, "auprc": auprc}}} for name, value in f1.items()}
+    return {"comparable": {**shared, "sets": sets}, "sets": points}
+
+
+def test_stages_stand_in_their_order_and_say_what_they_rest_on(report: dict[str, Any]) -> None:
+    assert list(report["stages"]) == list(STAGES)
+    shipped = report["stages"][SHIPPED]
+    assert shipped["weights_sha256"] == f"{SHIPPED}-weights"
+    assert shipped["comparable"]["sets"]["xstest"]["revision"] == report["data"]["xstest"]["rows_sha256"]
+    assert report["data"]["xstest"]["split"] == "test" and report["data"]["xstest"]["labels"]
+    assert report["stages"][TEACHER]["scores_sha256"] == f"{TEACHER}-weights"
+    assert report["hazards"]["S2"]["n"] == 40
+    assert report["labels"]["hazards"]["S2"]["ece_after"] is not None
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_a_record_needs_the_shipped_stage_and_known_names(measured: list[MeasuredStage]) -> None:
+    with pytest.raises(RecordError, match="lacks the stages \\['student-int4-onnx'\\]"):
+        make_report(measured[1:3], TESTS, CALIBRATION, hazard_set="ailuminate_demo_en")
+    with pytest.raises(RecordError, match="unknown stage 'student-int3'. Known: teacher, student-fp32"):
+        make_report([*measured[:2], _measured("student-int3", sets=())], TESTS, CALIBRATION, hazard_set="xstest")
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "called"),
+    [
+        ((), "policy", "threshold policy"),
+        ((), "calibration", "calibration rows"),
+        (("sets", "xstest"), "revision", "data revision of xstest"),
+        (("sets", "xstest"), "split", "split of xstest"),
+        (("sets", "xstest"), "labels", "label mapping of xstest"),
+    ],
+)
+def test_stages_that_differ_never_share_a_table(
+    report: dict[str, Any], where: tuple[str, ...], key: str, called: str
+) -> None:
+    changed = report["stages"][SHIPPED]["comparable"]
+    for part in where:
+        changed = changed[part]
+    changed[key] = "another"
+    refused = f"and student-int4-onnx may not share a table: the {called} is"
+    for compare in (
+        lambda: check_comparable(report["stages"]),
+        lambda: losses(report["stages"]),
+        lambda: record_markdown(report, "t", "c"),
+        lambda: roads_table({name: report["stages"][name] for name in (REFERENCE, SHIPPED)}),
+    ):
+        with pytest.raises(RecordError, match=refused):
+            compare()
+
+
+def test_one_changed_label_is_another_revision(measured: list[MeasuredStage], report: dict[str, Any]) -> None:
+    rows = [Row(**{**vars(row), "label": "safe"}) if i == 1 else row for i, row in enumerate(TESTS["xstest"])]
+    other = make_report(
+        [_measured(name, tests={**TESTS, "xstest": rows}) for name in (SHIPPED, REFERENCE)],
+        {**TESTS, "xstest": rows},
+        CALIBRATION,
+        hazard_set="ailuminate_demo_en",
+    )
+    with pytest.raises(RecordError, match="data revision of xstest"):
+        check_comparable({REFERENCE: report["stages"][REFERENCE], SHIPPED: other["stages"][SHIPPED]})
+    del other["stages"][SHIPPED]["comparable"]
+    with pytest.raises(RecordError, match="does not say what it was measured on"):
+        check_comparable(other["stages"])
+
+
+def test_sets_that_only_one_stage_has_are_no_obstacle() -> None:
+    one, other = _stage({"a": 0.5, "b": 0.5}), _stage({"a": 0.5, "c": 0.5})
+    other["comparable"]["sets"]["c"]["split"] = "held out"
+    check_comparable({REFERENCE: one, SHIPPED: other})
+    assert common_sets({REFERENCE: one, SHIPPED: other}) == ["a"]
+
+
+def test_losses_are_over_common_sets_and_name_the_stage_they_are_against() -> None:
+    stages = {
+        TEACHER: _stage({"a": 0.90}),
+        REFERENCE: _stage({"a": 0.80, "b": 0.60, "one class": None}),
+        SHIPPED: _stage({"a": 0.77, "b": 0.61, "one class": None}),
+    }
+    lost = losses(stages)
+    assert lost[TEACHER] == {"before": None, "teacher": None}
+    first = lost[REFERENCE]["before"]
+    assert first["stage"] == TEACHER and first["by_set"] == pytest.approx({"a": 10.0})
+    assert first["mean"] == pytest.approx(10.0) and first["sets"] == 1
+    before, teacher = lost[SHIPPED]["before"], lost[SHIPPED]["teacher"]
+    assert before["stage"] == REFERENCE  # the torch model of the same weights was not measured
+    assert before["mean"] == pytest.approx(1.0) and before["sets"] == 2
+    assert teacher["mean"] == pytest.approx(13.0) and teacher["sets"] == 1
+    with_torch = losses({**stages, TORCH_INT4: _stage({"b": 0.6})})
+    assert with_torch[SHIPPED]["before"]["stage"] == TORCH_INT4 and with_torch[SHIPPED]["before"]["sets"] == 1
+    assert losses({REFERENCE: stages[REFERENCE]})[REFERENCE]["before"] is None
+
+
+def test_roads_are_compared_over_the_same_sets() -> None:
+    stages = {
+        REFERENCE: _stage({"a": 0.80, "b": 0.60, "c": 0.5}, auprc=0.9),
+        "student-int4-rounded": _stage({"a": 0.70, "b": 0.50}, auprc=0.8),
+        "student-int4-gptq": _stage({"a": 0.76, "c": 0.1}, auprc=0.85),
+        SHIPPED: _stage({"a": 0.79, "b": 0.1, "c": 0.1}, auprc=0.89),
+    }
+    table = roads_table(stages)
+    assert table["sets"] == ["a"]
+    means = {road: (e["f1_lost"]["mean"], e["auprc_lost"]["mean"]) for road, e in table["roads"].items()}
+    assert means == {
+        "rounding": pytest.approx((10, 10)),
+        "GPTQ": pytest.approx((4, 5)),
+        "QAT": pytest.approx((1, 1)),
+    }
+    assert table["roads"]["QAT"]["stage"] == SHIPPED
+    assert roads_table({**stages, TORCH_INT4: stages[SHIPPED]})["roads"]["QAT"]["stage"] == TORCH_INT4
+    with pytest.raises(RecordError, match="no stage student-fp32"):
+        roads_table({SHIPPED: stages[SHIPPED]})
+
+
+def test_the_markdown_has_whole_tables_dashes_and_no_text(report: dict[str, Any]) -> None:
+    text = record_markdown(report, "tiny 0.1", "python -m convert evaluate recipes/tiny.toml")
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count(" | ") for line in block.splitlines() if "---" not in line}) == 1, block
+    table = text.split("## F1\n")[1].split("\n\n")[0].splitlines()
+    assert table[0].split(" | ")[1:3] == ["teacher", "fp32"]
+    response = next(line for line in table if line.startswith("| XSTest responses"))
+    assert response.split(" | ")[1] == "–" and re.fullmatch(r"0\.\d{3}", response.split(" | ")[2])
+    f1 = [report["stages"][name]["sets"]["xstest"]["points"]["balanced"]["f1"] for name in (TEACHER, REFERENCE)]
+    assert table[-1].startswith(f"| **mean of 1 sets** | {f1[0]:.3f} | {f1[1]:.3f} |")
+    lost = report["lost"]["student-int4-gptq"]
+    assert f"| INT4 GPTQ | fp32 | {lost['before']['mean']:+.2f} | 2 | {lost['teacher']['mean']:+.2f} | 1 |" in text
+    assert f"## The {len(report['worst'])} worst mistakes" in text and report["worst"][0]["id"] in text
+    assert "Secret" not in text and "Secret" not in json.dumps(report)
+
+
+def test_plots_are_drawn(report: dict[str, Any], measured: list[MeasuredStage], tmp_path: Path) -> None:
+    draw_plots(report, measured[0], TESTS, CALIBRATION, ["xstest", "xstest_response"], tmp_path)
+    for name in ("curves.png", "reliability.png", "record.png"):
+        content = (tmp_path / name).read_bytes()
+        assert content.startswith(b"\x89PNG") and len(content) > 10_000
+    report["stages"][SHIPPED]["comparable"]["policy"] = "another"
+    with pytest.raises(RecordError, match="threshold policy"):
+        draw_plots(report, measured[0], TESTS, CALIBRATION, ["xstest"], tmp_path)
+
+
+def _score_file(path: Path, margins: dict[str, float]) -> Path:
+    about = {"hazards": {}, "teacher": "example/judge", "template_hash": "0" * 64}
+    lines = [
+        json.dumps({"id": id_, "p_unsafe": 1 / (1 + np.exp(-margin)), "margin": margin, **about})
+        for id_, margin in margins.items()
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_teacher_is_measured_from_its_score_file_like_any_stage(tmp_path: Path) -> None:
+    chosen = {name: TESTS[name] for name in ("xstest", "gsm8k_benign")}
+    rows = [row for group in (CALIBRATION, *chosen.values()) for row in group]
+    logits = {len(group): _logits(group, 0.5, 9) for group in (CALIBRATION, *chosen.values())}
+    margins = np.concatenate([logits[len(group)][:, 1] for group in (CALIBRATION, *chosen.values())])
+    path = _score_file(tmp_path / "scores.jsonl", {row.id: float(m) for row, m in zip(rows, margins, strict=True)})
+
+    def score(stage: Stage | TeacherStage, name: str, rows: Any) -> NDArray[np.float32]:
+        assert isinstance(stage, TeacherStage)
+        return stage.logits_of(name, rows)
+
+    found = measure_stage(teacher_stage(TEACHER, path), TESTS, CALIBRATION, score)
+    assert list(found.sets) == list(chosen)
+    assert found.sets == _measured(TEACHER, 0.5, 9, tuple(chosen)).sets
+
+    part = _score_file(tmp_path / "part.jsonl", {row.id: 1.0 for row in TESTS["xstest"][:79]})
+    stage = teacher_stage(TEACHER, part)
+    assert stage.covers("xstest", TESTS["xstest"]) and not stage.covers("xstest_response", TESTS["xstest_response"])
+    with pytest.raises(ScoresError, match=r"no score for 1 of the 80 rows of xstest \(xstest:79"):
+        stage.logits_of("xstest", TESTS["xstest"])
+
+
+class Counting:
+    """An engine whose logits tell how many tokens a row has."""
+
+    name, providers, threads, version = "counting", ("CPU",), 1, "1"
+
+    def logits(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.repeat(mask.sum(axis=1, keepdims=True), K, axis=1).astype(np.float32)
+
+
+def test_an_engine_stage_keeps_the_order_of_rows_and_opens_late(tmp_path: Path) -> None:
+    opened: list[Counting] = []
+
+    def open_engine() -> Counting:
+        opened.append(Counting())
+        return opened[-1]
+
+    (tmp_path / "model.gguf").write_bytes(b"weights")
+    stage = engine_stage("student-int4-gguf", tmp_path / "model.gguf", open_engine, 0, ("xstest",))
+    assert not opened and stage.covers("xstest", TESTS["xstest"]) and not stage.covers("gsm8k_benign", TESTS["xstest"])
+    lengths = [5, 900, 3, 700, 800, 4]
+    examples = [Example([1] * n, "prompt", False, (0,) * len(HAZARDS), False, 1.0) for n in lengths]
+    assert stage.logits(examples)[:, 1].tolist() == lengths
+    assert len(opened) == 1
+
+
+def test_the_int4_stage_is_the_student_on_the_grid(tmp_path: Path) -> None:
+    import torch
+    from transformers import LlamaConfig
+
+    from convert.fake_quant import bake_int4
+    from convert.student import Student
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    student = Student(LlamaConfig(vocab_size=64, **shape, use_cache=False))
+    student.save(tmp_path / "fp32")
+    with torch.no_grad():
+        bake_int4(student.model)
+    student.save(tmp_path / "baked")
+    examples = [Example([i, 7, 9], "prompt", False, (0,) * len(HAZARDS), False, 1.0) for i in range(4)]
+    fp32 = torch_stage(REFERENCE, tmp_path / "fp32", 0).logits(examples)
+    rounded = int4_stage("student-int4-rounded", tmp_path / "fp32", 0).logits(examples)
+    baked = torch_stage(TORCH_INT4, tmp_path / "baked", 0).logits(examples)
+    np.testing.assert_array_equal(rounded, baked)
+    np.testing.assert_array_equal(int4_stage(TORCH_INT4, tmp_path / "baked", 0).logits(examples), baked)
+    assert np.abs(rounded - fp32).max() > 1e-3
+
+
+def test_the_readme_is_what_the_shipped_report_says() -> None:
+    result = CliRunner().invoke(main, ["readme", "--check"])
+    assert result.exit_code == 0, result.output
