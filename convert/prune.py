@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from convert.batches import Batch
 from convert.student import Student
@@ -21,47 +22,42 @@ __all__ = ["block_importance", "keep_layers", "keep_neurons", "neuron_importance
 
 @torch.inference_mode()
 def block_importance(student: Student, batches: Sequence[Batch]) -> Tensor:
-    """Importance float64 [layers] of every layer, from 0 (does nothing) to 2."""
-    totals = torch.zeros(len(student.model.layers), dtype=torch.float64)
+    """Importance float64 [layers] of every layer, from 0 (does nothing) to 2; ``batches`` calibrate it."""
+    # What each layer reads, and what the final norm reads: the input of one is the output of the one before.
+    readers = [*student.model.layers, student.model.norm]
+    totals = torch.zeros(len(readers) - 1, dtype=torch.float64)
     tokens = 0
-    for batch in batches:
-        states = student.model(
-            input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True
-        ).hidden_states
-        # The last of them stands after the final norm: the last layer's own output is taken before it.
-        outputs = [*states[1:-1], _last_output(student, batch)]
-        real = batch.mask.bool()
-        for layer, (before, after) in enumerate(zip(states[:-1], outputs, strict=True)):
-            cosine = nn.functional.cosine_similarity(before[real].double(), after[real].double(), dim=-1)
-            totals[layer] += (1 - cosine).sum()
-        tokens += int(real.sum())
-    return totals / tokens
-
-
-def _last_output(student: Student, batch: Batch) -> Tensor:
-    """The residual stream after the last layer, before the final norm."""
-    seen: list[Tensor] = []
-    hook = student.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    states: list[Tensor] = []
+    hooks = [reader.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])) for reader in readers]
     try:
-        student.model(input_ids=batch.ids, attention_mask=batch.mask)
+        for batch in batches:
+            states.clear()
+            student.model(input_ids=batch.ids, attention_mask=batch.mask)
+            real = batch.mask.bool()
+            rows = [state[real].double() for state in states]
+            for layer, (before, after) in enumerate(zip(rows[:-1], rows[1:], strict=True)):
+                totals[layer] += (1 - nn.functional.cosine_similarity(before, after, dim=-1)).sum().cpu()
+            tokens += int(real.sum())
     finally:
-        hook.remove()
-    return seen[0]
+        for hook in hooks:
+            hook.remove()
+    return totals / tokens
 
 
 @torch.inference_mode()
 def neuron_importance(student: Student, batches: Sequence[Batch]) -> Tensor:
-    """Importance float64 [layers, neurons] of every MLP neuron."""
+    """Importance float64 [layers, neurons] of every MLP neuron; ``batches`` calibrate it."""
     layers = student.model.layers
     totals = torch.zeros(len(layers), layers[0].mlp.down_proj.in_features, dtype=torch.float64)
     mask = torch.zeros(0)
 
-    def hook(layer: int) -> object:
+    def hook(layer: int) -> RemovableHandle:
         def collect(_: nn.Module, inputs: tuple[Tensor]) -> None:
             magnitude = inputs[0].abs().double() * mask
-            totals[layer] += (magnitude.sum(1) / mask.sum(1)).pow(2).sum(0)
+            totals[layer] += (magnitude.sum(1) / mask.sum(1)).pow(2).sum(0).cpu()
 
-        return layers[layer].mlp.down_proj.register_forward_pre_hook(collect)
+        handle: RemovableHandle = layers[layer].mlp.down_proj.register_forward_pre_hook(collect)
+        return handle
 
     hooks = [hook(layer) for layer in range(len(layers))]
     try:
@@ -70,12 +66,15 @@ def neuron_importance(student: Student, batches: Sequence[Batch]) -> Tensor:
             student.model(input_ids=batch.ids, attention_mask=batch.mask)
     finally:
         for handle in hooks:
-            handle.remove()  # type: ignore[attr-defined]
+            handle.remove()
     return totals.sqrt()
 
 
 def keep_layers(student: Student, kept: Sequence[int]) -> Student:
-    """Drop every layer that ``kept`` does not name, in place; the order stays. Raises ValueError for none or unknown."""
+    """Drop every layer that ``kept`` does not name, in place; the order stays.
+
+    Raises ValueError for none or unknown ones.
+    """
     layers = student.model.layers
     if not kept or not set(kept) <= set(range(len(layers))):
         raise ValueError(f"expected some of the layers 0 to {len(layers) - 1}, got {list(kept)}.")

@@ -9,10 +9,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
 pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
 
-from convert_support import llama_config  # noqa: E402
-
 from convert.batches import Batch, Example, collate  # noqa: E402
 from convert.prune import block_importance, keep_layers, keep_neurons, neuron_importance  # noqa: E402
+from convert.smoke import llama_config  # noqa: E402
 from convert.student import Student  # noqa: E402
 from edgeguard.taxonomy import HAZARDS  # noqa: E402
 
@@ -57,8 +56,11 @@ def test_dropping_a_silent_layer_changes_no_logit() -> None:
 
 def test_importance_ignores_padding() -> None:
     student, batches = _student(), _batches()
-    alone = [collate([Example(b.ids[i][: b.mask[i].sum()].tolist(), "prompt", False, NONE, True, 1.0)], 0)
-             for b in batches for i in range(len(b.ids))]
+    alone = [
+        collate([Example(b.ids[i][: b.mask[i].sum()].tolist(), "prompt", False, NONE, True, 1.0)], 0)
+        for b in batches
+        for i in range(len(b.ids))
+    ]
     torch.testing.assert_close(block_importance(student, alone), block_importance(student, batches))
     torch.testing.assert_close(neuron_importance(student, alone), neuron_importance(student, batches))
 

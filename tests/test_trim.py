@@ -10,9 +10,8 @@ from tokenizers import Tokenizer
 
 pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
 
-from convert_support import requests, write_base  # noqa: E402
-
-from convert.trim import TrimError, tokens_lost, trim_base, trim_tokenizer  # noqa: E402
+from convert.smoke import requests, write_base  # noqa: E402
+from convert.trim import TrimError, token_cost, trim_base, trim_tokenizer  # noqa: E402
 
 TEXTS = [row["prompt"] for row in requests("alpha", 60, 1)]
 AWKWARD = ["", "plain", "naïve ☕ 漢字 🤖", "\x00\x01 tabs\tand\n\nlines", "<|im_start|>", "a" * 300, "ﬁ \ufffd"]
@@ -34,8 +33,33 @@ def test_any_text_comes_back_and_known_texts_are_cut_as_before(base: Path) -> No
     for text in [*TEXTS, *AWKWARD]:
         ids = new.encode(text, add_special_tokens=False).ids
         assert new.decode(ids, skip_special_tokens=False) == text
-    assert tokens_lost(before, after, TEXTS[:20]) == 0
-    assert tokens_lost(before, after, TEXTS) >= 0
+    assert token_cost(before, after, TEXTS[:20]).share == 0
+
+
+def test_the_cost_in_tokens_is_counted(base: Path) -> None:
+    before = (base / "tokenizer.json").read_text()
+    bytes_only, _ = trim_tokenizer(before, TEXTS, min_count=10**6)
+    cost = token_cost(before, bytes_only, TEXTS)
+    old = Tokenizer.from_str(before)
+    assert cost.after == sum(len(text.encode()) for text in TEXTS)
+    assert cost.before == sum(len(old.encode(text).ids) for text in TEXTS)
+    assert cost.per_text == pytest.approx((cost.after - cost.before) / len(TEXTS))
+    assert cost.share > 1
+    with pytest.raises(ValueError, match="texts with tokens, got 1"):
+        token_cost(before, bytes_only, [""])
+
+
+def test_added_tokens_after_the_vocabulary_stay_last(base: Path) -> None:
+    """As in Llama 3, whose special tokens are not in the model's vocabulary."""
+    data = json.loads((base / "tokenizer.json").read_text())
+    size = max(data["model"]["vocab"].values()) + 1
+    extra = {**data["added_tokens"][0], "content": "<|extra|>", "id": size, "special": True}
+    data["added_tokens"].append(extra)
+    after, old_ids = trim_tokenizer(json.dumps(data), [*TEXTS[:5], "a <|extra|>"], min_count=1)
+    new = Tokenizer.from_str(after)
+    assert old_ids[-1] == size
+    assert new.token_to_id("<|extra|>") == len(old_ids) - 1 == new.get_vocab_size() - 1
+    assert "<|extra|>" not in json.loads(after)["model"]["vocab"]
 
 
 def test_rare_tokens_go_with_a_higher_count(base: Path) -> None:
