@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 
 from convert.export import onnx as export  # noqa: E402
-from convert.export.onnx_graph import StudentConfig, build_guard_graph  # noqa: E402
+from convert.export.onnx_graph import LABELS_KEY, StudentConfig, build_guard_graph  # noqa: E402
 from convert.quantize import quantize_int4  # noqa: E402
 from edgeguard.errors import ParityError  # noqa: E402
 
@@ -153,6 +154,15 @@ def test_the_file_holds_four_bits_and_a_half_a_weight() -> None:
 def test_equal_weights_give_equal_bytes() -> None:
     first, second = (build_guard_graph(random_weights(BASE), BASE).SerializeToString() for _ in range(2))
     assert first == second
+
+
+def test_labels_stand_in_the_metadata() -> None:
+    labels = [f"label{i}" for i in range(BASE.head_size)]
+    model = build_guard_graph(random_weights(BASE), BASE, labels=labels)
+    assert [(prop.key, json.loads(prop.value)) for prop in model.metadata_props] == [(LABELS_KEY, labels)]
+    assert not build_guard_graph(random_weights(BASE), BASE).metadata_props
+    with pytest.raises(ValueError, match="expected 16 labels"):
+        build_guard_graph(random_weights(BASE), BASE, labels=labels[1:])
 
 
 def drop(weights: Weights) -> None:

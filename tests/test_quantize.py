@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from convert_support import llama_config
 from numpy.typing import NDArray
 
 from convert.quantize import GROUP_SIZE, Int4Weight, quantize_int4
+from convert.smoke import llama_config
 
 
 def awkward_weight(rows: int = 48, columns: int = 192) -> NDArray[np.float32]:

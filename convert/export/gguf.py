@@ -1,13 +1,15 @@
-"""The student as one GGUF file for llama.cpp: the same INT4 integers as the ONNX file (Q4_0), tokenizer and head inside.
+"""The student as one GGUF file for llama.cpp: the same INT4 integers as in ONNX (Q4_0), tokenizer and head inside.
 
-llama.cpp has no place for an output matrix narrower than the vocabulary. So the file is a plain Llama without one, whose
-last hidden state is read (embeddings with LAST pooling), and the head stands in the metadata: ``edgeguard.head.labels``,
-``edgeguard.head.weight`` (float32, K rows of the hidden width, row after row) and ``edgeguard.head.bias``.
+llama.cpp has no place for an output matrix narrower than the vocabulary. So the file is a plain Llama without one,
+whose last hidden state is read (embeddings with LAST pooling), and the head stands in the metadata:
+``edgeguard.head.labels``, ``edgeguard.head.weight`` (float32, K rows of the hidden width, row after row) and
+``edgeguard.head.bias``. The bundle's manifest, less its list of files, is the JSON text ``edgeguard.bundle``.
 
 llama.cpp rotates neighbouring pairs where transformers rotates halves, so the rows of the query and key projections
 change places. Groups run along a row: its nibbles and scales move with it unchanged, and reading undoes it exactly.
 
-Sources: gguf-py 0.19 (writer, reader, tensor names), llama.cpp ``convert_hf_to_gguf.py`` (LlamaModel.permute).
+Sources: gguf-py 0.19 (writer, reader, tensor names), llama.cpp ``convert_hf_to_gguf.py`` (LlamaModel.permute) and
+``llama-vocab.cpp`` (how it splits text).
 """
 
 from __future__ import annotations
@@ -26,10 +28,22 @@ from convert.files import write_whole
 from convert.quantize import Int4Weight, as_int4
 from edgeguard.errors import EdgeguardError
 
-__all__ = ["GgufError", "GgufStudent", "read_gguf", "write_gguf"]
+__all__ = ["GgufError", "GgufStudent", "pre_tokenizer_name", "read_gguf", "shortest", "write_gguf"]
 
 ARCHITECTURE = "llama"
-NORMAL, CONTROL = 1, 3  # token types of llama.cpp
+NORMAL, CONTROL, UNUSED = 1, 3, 5  # token types of llama.cpp
+# How a byte-level tokenizer splits text before merging -> llama.cpp's name for it. A pattern is a regular expression,
+# "digits" one digit at a time, "bytes" the splitting that comes with GPT-2's bytes.
+LLAMA_3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {
+    ("bytes",): "gpt-2",
+    ("digits", "bytes"): "smollm",
+    (LLAMA_3_PATTERN,): "llama-bpe",
+    (LLAMA_3_PATTERN.replace("{1,3}", ""),): "qwen2",
+}
 # transformers name -> GGUF name, {} the layer
 LAYER_NAMES = {
     "model.layers.{}.input_layernorm.weight": "blk.{}.attn_norm.weight",
@@ -51,8 +65,12 @@ class GgufError(EdgeguardError):
 
 @dataclass(frozen=True, eq=False)
 class GgufStudent:
-    """What a file holds. ``weights``: INT4 matrices, float32 norms and head, under their transformers names."""
+    """What a file holds. ``weights``: INT4 matrices, float32 norms and head, under their transformers names.
 
+    ``metadata``: the file's keys and values, less the tokenizer's.
+    """
+
+    config: StudentConfig
     weights: Mapping[str, Int4Weight | NDArray[np.float32]]
     labels: tuple[str, ...]
     metadata: Mapping[str, Any]
@@ -68,14 +86,20 @@ def write_gguf(
     control_ids: Collection[int],
     pre_tokenizer: str,
     about: Mapping[str, str],
+    bundle: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``path``, whole or not at all.
 
     ``weights``, ``config``: as for the ONNX graph. ``tokenizer_json``: a byte-level BPE; ``control_ids``: the ids that
-    no text may yield. ``pre_tokenizer``: llama.cpp's name for how it splits text (``tokenizer.ggml.pre``). ``about``: name, version, licence, for ``general.*`` keys.
-    Raises GgufError for another kind of tokenizer.
+    no text may yield. ``pre_tokenizer``: llama.cpp's name for how it splits text, see :func:`pre_tokenizer_name`.
+    ``about``: name, version, licence, for the keys ``general.*``. ``bundle``: the manifest; its ``files`` are left out,
+    since this file is one of them. Raises GgufError for another kind of tokenizer, ValueError when the labels are not
+    as many as the head's rows.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
+
+    if len(labels) != config.head_size:
+        raise ValueError(f"expected {config.head_size} labels, one a row of the head, got {list(labels)}.")
 
     def write(target: Path) -> None:
         writer = GGUFWriter(target, ARCHITECTURE)
@@ -83,6 +107,9 @@ def write_gguf(
         _add_tokenizer(writer, tokenizer_json, control_ids, pre_tokenizer, config.vocab_size)
         for key, value in about.items():
             writer.add_string(f"general.{key}", value)
+        if bundle is not None:
+            kept = {key: value for key, value in bundle.items() if key != "files"}
+            writer.add_string("edgeguard.bundle", json.dumps(kept, ensure_ascii=False))
         writer.add_array("edgeguard.head.labels", list(labels))
         for part in ("weight", "bias"):
             writer.add_array(f"edgeguard.head.{part}", np.asarray(weights[f"head.{part}"], np.float32).ravel().tolist())
@@ -110,8 +137,11 @@ def read_gguf(path: Path) -> GgufStudent:
         reader = GGUFReader(path)
     except (ValueError, OSError, IndexError) as error:
         raise GgufError(f"{path}: not a GGUF file ({error}).") from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    missing = [f"edgeguard.head.{part}" for part in ("labels", "weight", "bias") if f"edgeguard.head.{part}" not in fields]
+    # The tokenizer's lists are long, slow to take out, and llama.cpp's business.
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+    missing = [
+        f"edgeguard.head.{part}" for part in ("labels", "weight", "bias") if f"edgeguard.head.{part}" not in fields
+    ]
     if missing:
         raise GgufError(f"{path}: no guard of edgeguard, it lacks {missing}.")
     labels = tuple(fields["edgeguard.head.labels"])
@@ -132,7 +162,36 @@ def read_gguf(path: Path) -> GgufStudent:
         packed = Int4Weight.unpack_q4_0(np.array(tensor.data))
         count = next((n for part, n in heads.items() if part in name), None)
         weights[name] = Int4Weight(_restored(packed.nibbles, count), _restored(packed.scales, count))
-    return GgufStudent(weights, labels, {k: v for k, v in fields.items() if not k.startswith("tokenizer.")})
+    config = _read_config(fields, head_size=len(labels))
+    return GgufStudent(config, weights, labels, fields)
+
+
+def pre_tokenizer_name(tokenizer_json: str) -> str:
+    """What llama.cpp calls the way this tokenizer splits text before merging (``tokenizer.ggml.pre``).
+
+    Raises GgufError for a way that is not known here: with a wrong one, llama.cpp would cut texts into other tokens.
+    """
+    data = json.loads(tokenizer_json)["pre_tokenizer"] or {}
+    steps = data["pretokenizers"] if data.get("type") == "Sequence" else [data]
+    found = tuple(step for step in map(_split_step, steps) if step)
+    if found not in PRE_TOKENIZERS:
+        raise GgufError(
+            f"no name of llama.cpp is known for the pre-tokenizer {steps}. Known are {list(PRE_TOKENIZERS.values())}; "
+            "find its name in llama.cpp's llama-vocab.cpp, and pass it."
+        )
+    return PRE_TOKENIZERS[found]
+
+
+def _split_step(step: Mapping[str, Any]) -> str | None:
+    """How one step splits, in the words of PRE_TOKENIZERS; None where it only writes bytes as characters."""
+    kind = step.get("type")
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return "bytes" if step.get("use_regex", True) else None
+    if kind == "Digits" and step.get("individual_digits"):
+        return "digits"
+    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return str(step["pattern"].get("Regex"))
+    return str(kind)
 
 
 def _names(layers: int) -> dict[str, str]:
@@ -149,14 +208,16 @@ def _permuted(rows: NDArray[Any], heads: int | None) -> NDArray[Any]:
     """Halves of each head's rows -> neighbouring pairs."""
     if heads is None:
         return rows
-    return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    permuted: NDArray[Any] = rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    return permuted
 
 
 def _restored(rows: NDArray[Any], heads: int | None) -> NDArray[Any]:
     """Undo :func:`_permuted`."""
     if heads is None:
         return rows
-    return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    restored: NDArray[Any] = rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    return restored
 
 
 def _add_config(writer: Any, config: StudentConfig) -> None:  # noqa: ANN401 - a GGUFWriter
@@ -175,6 +236,28 @@ def _add_config(writer: Any, config: StudentConfig) -> None:  # noqa: ANN401 - a
     writer.add_file_type(2)  # mostly Q4_0
 
 
+def _read_config(fields: Mapping[str, Any], *, head_size: int) -> StudentConfig:
+    """Undo :func:`_add_config`."""
+    return StudentConfig(
+        vocab_size=fields[f"{ARCHITECTURE}.vocab_size"],
+        hidden_size=fields[f"{ARCHITECTURE}.embedding_length"],
+        intermediate_size=fields[f"{ARCHITECTURE}.feed_forward_length"],
+        num_layers=fields[f"{ARCHITECTURE}.block_count"],
+        num_heads=fields[f"{ARCHITECTURE}.attention.head_count"],
+        num_kv_heads=fields[f"{ARCHITECTURE}.attention.head_count_kv"],
+        head_dim=fields[f"{ARCHITECTURE}.attention.key_length"],
+        rms_norm_eps=shortest(fields[f"{ARCHITECTURE}.attention.layer_norm_rms_epsilon"]),
+        rope_theta=shortest(fields[f"{ARCHITECTURE}.rope.freq_base"]),
+        max_tokens=fields[f"{ARCHITECTURE}.context_length"],
+        head_size=head_size,
+    )
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal that is the same float32: 1e-05, where a file holds 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
 def _add_tokenizer(
     writer: Any,  # noqa: ANN401 - a GGUFWriter
     tokenizer_json: str,
@@ -189,7 +272,8 @@ def _add_tokenizer(
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list([by_id.get(i, f"<unused{i}>") for i in range(vocab_size)])
-    writer.add_token_types([CONTROL if i in control_ids else NORMAL for i in range(vocab_size)])
+    types = {i: NORMAL for i in by_id} | dict.fromkeys(control_ids, CONTROL)
+    writer.add_token_types([types.get(i, UNUSED) for i in range(vocab_size)])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
     writer.add_add_bos_token(False)
     writer.add_add_space_prefix(False)

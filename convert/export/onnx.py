@@ -10,7 +10,7 @@ hundredths to a few tenths; a structural fault moves it by whole units.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,16 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from convert.export.onnx_graph import StudentConfig, build_guard_graph
+from convert.export.onnx_graph import StudentConfig, Weights, build_guard_graph
 from edgeguard.errors import ParityError
 
-__all__ = ["compare_logits", "export_onnx", "run_onnx"]
+__all__ = ["compare_logits", "export_onnx", "run_onnx", "save_checked"]
 
 BATCH_SIZE = 16
 
 
 def export_onnx(
-    weights: Mapping[str, NDArray[Any]],
+    weights: Weights,
     config: StudentConfig,
     path: str | Path,
     reference_logits: NDArray[np.floating[Any]],
@@ -35,22 +35,37 @@ def export_onnx(
     sample_mask: NDArray[np.int64],
     *,
     tolerance: float,
+    labels: Sequence[str] = (),
 ) -> dict[str, float]:
     """Build the INT4 graph, check it and save it as ``path``.
 
-    ``weights``, ``config``: see :func:`build_guard_graph`. ``sample_ids``, ``sample_mask``: [n, length], padding on the
-    right. ``reference_logits``: [n, K] of the torch model with the same (dequantized) INT4 weights. ``tolerance``: the
-    largest difference accepted, in logits.
+    ``weights``, ``config``, ``labels``: see :func:`build_guard_graph`. ``sample_ids``, ``sample_mask``: [n, length],
+    padding on the right. ``reference_logits``: [n, K] of the torch model with the same (dequantized) INT4 weights.
+    ``tolerance``: the largest difference accepted, in logits.
 
     Returns ``max_abs_diff``, ``mean_abs_diff`` (logits) and ``n`` (rows). Raises ParityError when a difference is
     larger, or a logit not finite: then nothing is written, and a file that ``path`` already held is left as it was.
     Raises ValueError for weights or samples of the wrong shape.
     """
+    model = build_guard_graph(weights, config, labels=labels).SerializeToString()
+    return save_checked(model, path, reference_logits, sample_ids, sample_mask, tolerance=tolerance)
+
+
+def save_checked(
+    model: bytes,
+    path: str | Path,
+    reference_logits: NDArray[np.floating[Any]],
+    sample_ids: NDArray[np.int64],
+    sample_mask: NDArray[np.int64],
+    *,
+    tolerance: float,
+) -> dict[str, float]:
+    """Save a serialized ONNX model as ``path`` if it reproduces the reference; see :func:`export_onnx`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unchecked = path.with_name(f".{path.name}.{os.getpid()}.unchecked")
     try:
-        unchecked.write_bytes(build_guard_graph(weights, config).SerializeToString())
+        unchecked.write_bytes(model)
         logits = run_onnx(unchecked, sample_ids, sample_mask)
         figures = compare_logits(logits, reference_logits, tolerance=tolerance, name=path.name)
         unchecked.replace(path)

@@ -13,7 +13,8 @@ Sources: transformers ``models/llama/modeling_llama.py`` (names, semantics), onn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from convert.quantize import GROUP_SIZE, Int4Weight, as_int4
 
-__all__ = ["StudentConfig", "Weights", "build_guard_graph"]
+__all__ = ["LABELS_KEY", "StudentConfig", "Weights", "build_guard_graph", "check_weights", "with_labels"]
 
 Weights = Mapping[str, NDArray[Any] | Int4Weight]
 
 OPSET = 21  # the first with INT4 tensors
 IR_VERSION = 10  # the one of that opset; onnxruntime 1.20 reads it
 CONTRIB = "com.microsoft"
+LABELS_KEY = "edgeguard.head.labels"
 MASKED = -1e9  # added to the score of a padded key; finite, so that no row can become NaN
 
 
@@ -98,7 +100,7 @@ class StudentConfig:
 
 
 def build_guard_graph(
-    weights: Weights, config: StudentConfig, *, int4: bool = True, accuracy_level: int = 4
+    weights: Weights, config: StudentConfig, *, int4: bool = True, accuracy_level: int = 4, labels: Sequence[str] = ()
 ) -> onnx.ModelProto:
     """Build the graph of a student.
 
@@ -108,15 +110,25 @@ def build_guard_graph(
     Output: ``logits`` float32 [batch, head_size] of each row's last real token; every row needs one.
 
     ``int4=False`` keeps float32 weights, for checks. ``accuracy_level``: of MatMulNBits; 4 rounds its input to INT8 in
-    blocks (fast), 1 computes in float32. Raises ValueError for a missing, unknown or misshapen weight.
+    blocks (fast), 1 computes in float32. ``labels``: names of the head's rows, kept in the file's metadata. Raises
+    ValueError for a missing, unknown or misshapen weight, or another number of labels.
     """
-    _check_weights(weights, config)
+    check_weights(weights, config)
     graph = _Graph(weights, config, int4=int4, accuracy_level=accuracy_level)
     graph.build()
-    return graph.model()
+    return with_labels(graph.model(), labels, config)
 
 
-def _check_weights(weights: Weights, config: StudentConfig) -> None:
+def with_labels(model: onnx.ModelProto, labels: Sequence[str], config: StudentConfig) -> onnx.ModelProto:
+    """Keep the names of the head's rows in the metadata of ``model``; none: leave it as it is. Raises ValueError."""
+    if labels and len(labels) != config.head_size:
+        raise ValueError(f"expected {config.head_size} labels, one a row of the head, got {list(labels)}.")
+    if labels:
+        helper.set_model_props(model, {LABELS_KEY: json.dumps(list(labels))})
+    return model
+
+
+def check_weights(weights: Weights, config: StudentConfig) -> None:
     """Refuse what would otherwise be left out in silence: a layer too many, a bias, a missing name."""
     shapes = config.shapes()
     missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
@@ -137,9 +149,7 @@ def _value_info(name: str, element_type: int, shape: list[str | int]) -> onnx.Va
 class _Graph:
     """Nodes and initializers of one student. Every method that adds nodes returns the name of the result."""
 
-    def __init__(
-        self, weights: Weights, config: StudentConfig, *, int4: bool, accuracy_level: int
-    ) -> None:
+    def __init__(self, weights: Weights, config: StudentConfig, *, int4: bool, accuracy_level: int) -> None:
         self.weights, self.config, self.int4, self.accuracy_level = weights, config, int4, accuracy_level
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
