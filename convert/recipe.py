@@ -18,7 +18,7 @@ else:
 __all__ = ["Recipe", "RecipeError", "load_recipe"]
 
 TABLES = ("base", "student", "train", "qat", "export", "calibrate", "evaluate", "corpus")
-OPTIONAL = ("teacher", "distill")
+OPTIONAL = ("teacher", "distill", "roads")
 HERE = Path(__file__).resolve().parent
 
 
@@ -48,6 +48,7 @@ class Recipe:
     corpus: dict[str, Any]
     teacher: dict[str, Any]
     distill: dict[str, Any]
+    roads: dict[str, Any]
     path: Path
     sha256: str
     build: Path

@@ -157,8 +157,15 @@ def shrink(recipe: Recipe) -> Recipe:
         "train": {**recipe.train, **TRAINING},
         "qat": {**recipe.qat, **SHORT, "steps": 20, "learning_rate": 1e-3},
         "export": {**recipe.export, "samples": 20},
+        "roads": {**recipe.roads, "every": 8} if recipe.roads else {},
         "calibrate": {"sets": ["tiny_calibration"]},
-        "evaluate": {"sets": ["tiny_test", "tiny_unsafe"], "curves": ["tiny_test"], "hazards": "tiny_unsafe"},
+        "evaluate": {
+            "sets": ["tiny_test", "tiny_unsafe"],
+            "teacher_sets": ["tiny_test"] if recipe.teacher else [],
+            "compare": ["tiny_test"],
+            "curves": ["tiny_test"],
+            "hazards": "tiny_unsafe",
+        },
         "corpus": {
             "seed": 1,
             "constructed": {"refusals": 5, "creative": 10},

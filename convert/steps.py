@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
     from convert.student import Student
     from convert.teachers.score_file import Teacher
 
-__all__ = ["ORDER", "base", "corpus", "evaluate", "export", "label", "package", "qat", "student", "teacher", "train"]
+__all__ = ["ORDER", "base", "corpus", "evaluate", "export", "label", "package", "qat", "roads", "student", "teacher", "train"]
 
-ORDER = ("base", "corpus", "teacher", "label", "student", "train", "qat", "export", "evaluate", "package")
+ORDER = ("base", "corpus", "teacher", "label", "student", "train", "qat", "roads", "export", "evaluate", "package")
 
 
 SAMPLE_TOKENS = 4096  # of one batch that pruning looks at
@@ -282,38 +283,47 @@ def _run(recipe: Recipe, table: dict[str, Any], student: Student, loss: Loss, fo
     Trainer(student, loss, train_rows, validation, text_side(source)[0].pad_id, settings, folder).run()
 
 
+def roads(recipe: Recipe) -> Path:
+    """Step ``roads``: the float32 student rounded with GPTQ, for the comparison of the roads to INT4."""
+    from convert.batches import batches
+    from convert.gptq import gptq, load_int4
+    from convert.student import Student
+
+    folder = recipe.build / "gptq"
+    source = trimmed_base(recipe)
+    inputs = {"roads": recipe.roads, "student_sha256": sha256_of(train(recipe) / "student.safetensors")}
+    if recipe.roads and not _made(folder / "student.safetensors", inputs):
+        rows = _examples(recipe, "train", recipe.train["max_tokens"], source)[:: recipe.roads["every"]]
+        sample = [batch for _, batch in batches(rows, SAMPLE_TOKENS, text_side(source)[0].pad_id)]
+        rounded = Student.load(train(recipe))
+        load_int4(rounded, gptq(rounded, sample)).save(folder)
+    return folder
+
+
 def export(recipe: Recipe) -> Path:
-    """Step ``export``: ``model.onnx`` in INT4, accepted only when it reproduces the torch model of the same weights."""
-    from convert.batches import collate
-    from convert.distill import score
-    from convert.export.onnx import export_onnx
-    from convert.fake_quant import bake_int4
+    """Step ``export``: ``model.onnx`` in INT4, and the other containers that the recipe names."""
+    from convert.export.containers import export_containers
     from convert.student import Student
 
     path = recipe.build / "export" / "model.onnx"
-    source = qat(recipe) / "student.safetensors"
+    source, folder = qat(recipe) / "student.safetensors", trimmed_base(recipe)
     record = path.with_name("parity.json")
-    if not (path.is_file() and record.is_file() and read_json(record)["student_sha256"] == sha256_of(source)):
-        shipped = Student.load(source.parent)
-        samples = _examples(recipe, "validation", recipe.student["max_tokens"], trimmed_base(recipe))[
-            : recipe.export["samples"]
-        ]
-        pad_id = text_side(trimmed_base(recipe))[0].pad_id
-        batch = collate(samples, pad_id)
-        weights, tolerance = shipped.numpy_weights(), recipe.export["tolerance"]
-        config = shipped.onnx_config(recipe.student["max_tokens"])
-        bake_int4(shipped.model)
-        reference = score(shipped, samples, pad_id, bf16=False)
-        figures = export_onnx(
-            weights,
-            config,
-            path,
-            reference,
-            batch.ids.numpy(),
-            batch.mask.numpy(),
+    if not _made(record, {"student_sha256": sha256_of(source), "export": recipe.export}):
+        template, tokenizer = text_side(folder)
+        max_tokens = recipe.student["max_tokens"]
+        figures = export_containers(
+            Student.load(source.parent),
+            _examples(recipe, "validation", max_tokens, folder)[: recipe.export["samples"]],
+            path.parent,
+            pad_id=template.pad_id,
+            max_tokens=max_tokens,
+            tokenizer_json=tokenizer.to_str(),
+            control_ids=template.reserved,
+            about={"name": recipe.name, "version": recipe.version, "license": recipe.license},
+            also=recipe.export.get("also", []),
             tolerance=recipe.export["tolerance"],
         )
-        write_json(record, {**figures, "tolerance": tolerance, "student_sha256": sha256_of(source)})
+        write_json(record, {"tolerance": recipe.export["tolerance"], **figures})
     return path
 
 
@@ -334,13 +344,46 @@ def calibration_rows(recipe: Recipe) -> list[Row]:
     return rows
 
 
-def stages(recipe: Recipe) -> list[Stage]:
-    """What is measured: the shipped file first, then the float32 student it came from."""
-    from convert.report import REFERENCE, SHIPPED
-    from convert.scores import onnx_stage, torch_stage
+def judge_tests(recipe: Recipe) -> Path:
+    """The teacher's scores of the calibration split and of the test sets that it is measured on."""
+    from convert.teachers.score_file import label_rows
+
+    path = recipe.build / "teacher" / "tests.jsonl"
+    tests = evaluation_rows(recipe)
+    rows = [*calibration_rows(recipe), *(row for name in recipe.evaluate["teacher_sets"] for row in tests[name])]
+    done = path.with_name("tests.done")
+    if not _made(done, {"teacher": recipe.teacher, "rows": [row.id for row in rows]}):
+        label_rows(_load_teacher(recipe), rows, path)
+        write_json(done, {})
+    return path
+
+
+def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
+    """What is measured: the shipped file first, then what it came from, and what is compared with it on fewer sets."""
+    from convert.export.containers import FILES
+    from convert.record import GGUF, GPTQ, REFERENCE, ROUNDED, SHIPPED, STANDARD, TEACHER, TORCH_INT4
+    from convert.scores import gguf_stage, int4_stage, onnx_stage, teacher_stage, torch_stage
 
     pad_id = text_side(trimmed_base(recipe))[0].pad_id
-    return [onnx_stage(SHIPPED, export(recipe), pad_id), torch_stage(REFERENCE, train(recipe), pad_id)]
+    some, shipped = tuple(recipe.evaluate.get("compare", ())), export(recipe)
+    measured: list[Stage | TeacherStage] = [
+        onnx_stage(SHIPPED, shipped, pad_id),
+        torch_stage(REFERENCE, train(recipe), pad_id),
+        int4_stage(TORCH_INT4, qat(recipe), pad_id, some),
+    ]
+    if recipe.roads:
+        measured += [
+            int4_stage(ROUNDED, train(recipe), pad_id, some),
+            int4_stage(GPTQ, roads(recipe), pad_id, some),
+        ]
+    also = recipe.export.get("also", [])
+    if "gguf" in also and importlib.util.find_spec("llama_cpp"):
+        measured.append(gguf_stage(GGUF, shipped.with_name(FILES["gguf"]), some))
+    if "standard" in also:
+        measured.append(onnx_stage(STANDARD, shipped.with_name(FILES["standard"]), pad_id, some))
+    if recipe.evaluate.get("teacher_sets"):
+        measured.append(teacher_stage(TEACHER, judge_tests(recipe)))
+    return measured
 
 
 def measure(recipe: Recipe, tests: dict[str, list[Row]], held_back: list[Row]) -> tuple[dict[str, Any], MeasuredStage]:

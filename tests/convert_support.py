@@ -82,7 +82,11 @@ evaluate_every = 20
 checkpoint_every = 10
 seed = 2
 
+[roads]
+every = 8
+
 [export]
+also = ["gguf", "standard"]
 samples = 20
 tolerance = 0.5
 
@@ -91,6 +95,8 @@ sets = ["tiny_calibration"]
 
 [evaluate]
 sets = ["tiny_test", "tiny_unsafe"]
+teacher_sets = ["tiny_test"]
+compare = ["tiny_test"]
 curves = ["tiny_test"]
 hazards = "tiny_unsafe"
 
