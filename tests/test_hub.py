@@ -2,58 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from hub_support import run_with_hub, serve_hub
 
-import edgeguard
 from edgeguard import BundleError, Guard
 from edgeguard.hub import resolve_bundle
 
-COMMIT = "c0ffee" + "0" * 34
 REPOSITORY = "someone/tiny-guard"
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    """The few routes of the Hub that a snapshot download uses, over one folder."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        self.asked.append(path)
-        if path in (f"/api/models/{REPOSITORY}/revision/{revision}" for revision in ("main", "v1", COMMIT)):
-            siblings = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
-            body = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode()
-            self.answer(200, body, {"Content-Type": "application/json"})
-        elif path.startswith(f"/{REPOSITORY}/resolve/{COMMIT}/"):
-            body = (self.folder / path.rsplit("/", 1)[1]).read_bytes()
-            self.answer(200, body, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT})
-        else:
-            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
 
 
 @pytest.fixture
@@ -65,23 +24,13 @@ def asked() -> list[str]:
 @pytest.fixture
 def hub(tiny_bundle: Path, asked: list[str]) -> Iterator[str]:
     """Address of a Hub on loopback that holds the tiny bundle."""
-    handler = type("Handler", (HubHandler,), {"folder": tiny_bundle, "asked": asked})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serve_hub(tiny_bundle, REPOSITORY, asked) as endpoint:
+        yield endpoint
 
 
 def load(spec: str, endpoint: str, cache: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Load ``spec`` in a process of its own: the Hub's library reads its settings when it is imported."""
     code = f"from edgeguard import Guard; print(Guard.load({spec!r}, threads=1).classify('hello').bundle)"
-    environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **settings}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(Path(edgeguard.__file__).parents[1])}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False, timeout=120
-    )
+    return run_with_hub(code, endpoint, cache, **settings)
 
 
 def test_a_bundle_from_the_hub_then_offline(hub: str, asked: list[str], tmp_path: Path) -> None:

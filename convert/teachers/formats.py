@@ -25,7 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["GuardFormat", "Piece", "Policy", "Step", "TeacherError", "find_format", "load_formats"]
+__all__ = ["SLOT", "GuardFormat", "Piece", "Policy", "Step", "TeacherError", "find_format", "load_formats"]
 
 TABLE = Path(__file__).with_name("guards.toml")
 USER_SLOTS = ("conversation", "prompt", "response")
@@ -64,12 +64,16 @@ class Policy:
 
 @dataclass(frozen=True)
 class GuardFormat:
-    """A judge's prompt, reading positions and target tokens. ``steps``, ``words``: by target."""
+    """A judge's prompt, reading positions and target tokens; the table's head says what each means.
+
+    ``steps``, ``words``: by target.
+    """
 
     name: str
     models: tuple[str, ...]
     sources: tuple[str, ...]
     control: tuple[str, ...]
+    markers: tuple[str, ...]
     template: str
     turn: str
     roles: Mapping[str, str]
@@ -89,9 +93,10 @@ class GuardFormat:
         """The prompt for a conversation whose last message is judged. Raises TeacherError when it does not fit in."""
         target = "response" if messages[-1][0] == "assistant" else "prompt"
         texts = {role: text for role, text in messages}  # the last of each role
-        if target == "response" and "user" not in texts and "{prompt}" in self._wording(target, policy):
-            texts["user"] = ""
-        slots = {"prompt": texts.get("user", ""), "response": texts.get("assistant", "") if target == "response" else ""}
+        slots = {
+            "prompt": texts.get("user", ""),
+            "response": texts.get("assistant", "") if target == "response" else "",
+        }
         pieces: list[Piece] = []
         for text, is_slot in _split(self._wording(target, policy)):
             if is_slot and text == "conversation":
@@ -118,10 +123,10 @@ class GuardFormat:
         return text
 
     def _controls(self, text: str) -> Iterator[Piece]:
-        pattern = "|".join(re.escape(token) for token in self.control)
-        for part in re.split(f"({pattern})", text) if pattern else [text]:
+        tokens = (*self.control, *self.markers)
+        for part in re.split(f"({'|'.join(map(re.escape, tokens))})", text):
             if part:
-                yield Piece(part, part in self.control)
+                yield Piece(part, part in tokens)
 
 
 def _split(wording: str) -> Iterator[tuple[str, bool]]:
@@ -156,7 +161,7 @@ def find_format(name: str) -> GuardFormat:
         if name == known.name or name in known.models:
             return known
     raise TeacherError(
-        f"no template known for {name!r}. Name one of {', '.join(formats)} as `format`; "
+        f"no template known for {name!r}. Name one of {', '.join(formats)} as `guard`; "
         "other judges are added in convert/teachers/guards.toml."
     )
 
@@ -178,6 +183,7 @@ def _format(name: str, tables: Mapping[str, Any]) -> GuardFormat:
         models=tuple(table["models"]),
         sources=tuple(table["sources"]),
         control=tuple(table["control"]),
+        markers=tuple(table.get("markers", ())),
         template=template,
         turn=table.get("turn", ""),
         roles=table.get("roles", {}),

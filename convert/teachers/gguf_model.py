@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +18,36 @@ __all__ = ["GgufModel"]
 class GgufModel:
     """See :class:`convert.teachers.judge.LanguageModel`. The shared beginning of two prompts is computed once."""
 
+    rows_at_once = 1  # so that a row's answer goes on from its own prompt's cache
+
     def __init__(self, path: Path, *, context: int = 4096, threads: int | None = None) -> None:
-        """Load ``path``. Raises TeacherError when llama-cpp-python is missing or cannot read it."""
+        """Load ``path``; ``context``: most tokens of a prompt and its answer; ``threads``: None for llama.cpp's choice.
+
+        Raises TeacherError when the file or llama-cpp-python is missing, or llama.cpp cannot read the file.
+        """
+        if not path.is_file():
+            raise TeacherError(f"{path}: no such file. Name a GGUF file with a causal language model.")
         try:
             from llama_cpp import Llama
         except ImportError as error:
-            raise TeacherError("a GGUF teacher needs llama-cpp-python: pip install 'edgeguard-runtime[gguf]'.") from error
+            raise TeacherError(
+                "a GGUF teacher needs llama-cpp-python: pip install 'edgeguard-runtime[gguf]'."
+            ) from error
         try:
             self._llama = Llama(
-                str(path), n_ctx=context, n_threads=threads, n_batch=512, logits_all=False, n_gpu_layers=-1, verbose=False
+                str(path),
+                n_ctx=context,
+                n_threads=threads,
+                n_batch=512,
+                logits_all=False,
+                n_gpu_layers=-1,
+                verbose=False,
             )
-        except (ValueError, OSError) as error:
-            raise TeacherError(f"{path}: llama.cpp cannot load it ({error}).") from error
+        except (ValueError, OSError, RuntimeError) as error:
+            raise TeacherError(
+                f"{path}: llama.cpp cannot load it ({error}). Expected a GGUF file with a causal language model; "
+                "download it again, or update llama-cpp-python when the architecture is a new one."
+            ) from error
         self.name = f"{path.name}@{sha256_of(path)[:12]}"
         self._rows: list[list[int]] = []
         self._started: list[list[int]] = []
@@ -63,11 +82,11 @@ class GgufModel:
 
     def _next(self, row: list[int]) -> NDArray[np.float32]:
         """Log-probabilities after ``row``; what the row before shares with it is not computed again."""
-        llama = self._llama
+        llama: Any = self._llama
         known = llama.input_ids[: llama.n_tokens]
-        shared = 0
-        while shared < min(len(known), len(row) - 1) and known[shared] == row[shared]:
-            shared += 1
+        common = min(len(known), len(row) - 1)  # the last token is always computed: its logits are wanted
+        differs = np.flatnonzero(known[:common] != np.array(row[:common]))
+        shared = int(differs[0]) if len(differs) else common
         llama.n_tokens = shared  # eval() drops what the cache holds beyond
         llama.eval(row[shared:])
         last = np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),))

@@ -2,29 +2,35 @@
 
     {"id": "set:row", "p_unsafe": 0.93, "margin": 2.6, "hazards": {"S2": 0.7}, "teacher": "...", "template_hash": "..."}
 
-``margin`` is the log-odds of unsafe, ``hazards`` the probability of each hazard given that the text is unsafe (empty
-where the teacher names none). Scores of two teachers, or of one asked in two ways, never share a file.
+``margin`` is the log-odds of unsafe and ``p_unsafe`` its sigmoid, ``hazards`` the probability of each hazard given that
+the text is unsafe (empty where the teacher names none). Scores of two teachers, or of one asked in two ways, never
+share a file. Scores made elsewhere are such a file too: ``teacher`` names who made them, ``template_hash`` how.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import click
 
 from convert.corpora.registry import Row
 from convert.teachers.formats import TeacherError
 from convert.teachers.judge import Judgement
+from edgeguard.calibration import sigmoid
+from edgeguard.taxonomy import HAZARDS
 
 __all__ = ["Score", "Teacher", "label_rows", "read_scores"]
 
 SHOW_EVERY_S = 15.0
 POOL_BATCHES = 50
+# How far p_unsafe may be from the sigmoid of the margin: one of them may have been rounded.
+TOLERANCE = 0.01
 
 
 class Teacher(Protocol):
@@ -53,21 +59,55 @@ class Score:
 
 
 def read_scores(path: Path) -> dict[str, Score]:
-    """Scores by row id. Raises TeacherError for a damaged line, or for lines of more than one teacher."""
+    """Scores by row id, each checked. Raises TeacherError for a damaged line, or for lines of more than one teacher."""
+    if not path.is_file():
+        raise TeacherError(f"{path}: no such file. Expected scores, one JSON object a line as in {__name__}.")
     scores: dict[str, Score] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            score = Score(**json.loads(line))
-            score = Score(**{**asdict(score), "margin": float(score.margin), "p_unsafe": float(score.p_unsafe)})
-        except (ValueError, TypeError) as error:
-            raise TeacherError(f"{path}: line {number} is no score ({error}). Expected an object as in {__name__}.") from error
-        if not 0 <= score.p_unsafe <= 1:
-            raise TeacherError(f"{path}: line {number}: p_unsafe is {score.p_unsafe}, expected 0 to 1.")
+            score = _parse(json.loads(line))
+        except ValueError as error:
+            raise TeacherError(
+                f"{path}: line {number} is no score: {error}. Correct or remove it; {__name__} shows one."
+            ) from error
+        if score.id in scores:
+            raise TeacherError(f"{path}: line {number} scores {score.id!r} again. Keep one score a row.")
         scores[score.id] = score
     judges = {(s.teacher, s.template_hash) for s in scores.values()}
     if len(judges) > 1:
         raise TeacherError(f"{path}: mixes the teachers {sorted(judges)}. Keep one file a teacher.")
     return scores
+
+
+def _parse(data: Any) -> Score:  # noqa: ANN401 - what a line of JSON may hold
+    """A line as a score. Raises ValueError that says what is wrong with it."""
+    names = [field.name for field in fields(Score)]
+    if not isinstance(data, dict) or set(data) != set(names):
+        found = f"the fields {sorted(data)}" if isinstance(data, dict) else f"{str(data):.40}"
+        raise ValueError(f"expected the fields {names}, found {found}")
+    for name in ("id", "teacher", "template_hash"):
+        if not isinstance(data[name], str) or not data[name]:
+            raise ValueError(f"{name} is {data[name]!r:.40}, expected a text")
+    p, margin, hazards = data["p_unsafe"], data["margin"], data["hazards"]
+    if not _is_probability(p):
+        raise ValueError(f"p_unsafe is {str(p):.40}, expected a number from 0 to 1")
+    if not _is_number(margin) or abs(sigmoid(margin) - p) > TOLERANCE:
+        raise ValueError(f"margin is {str(margin):.40}, expected the log-odds of p_unsafe, {p}")
+    if not isinstance(hazards, dict) or set(hazards) - set(HAZARDS) or not all(map(_is_probability, hazards.values())):
+        raise ValueError(
+            f"hazards is {str(hazards):.60}, expected any of {', '.join(HAZARDS)}, each with a probability"
+        )
+    return Score(**{**data, "p_unsafe": float(p), "margin": float(margin)})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_probability(value: object) -> bool:
+    return _is_number(value) and 0 <= value <= 1  # type: ignore[operator]
 
 
 def label_rows(teacher: Teacher, rows: Sequence[Row], path: Path, *, tokens: int = 4096) -> dict[str, Score]:
@@ -92,7 +132,9 @@ def label_rows(teacher: Teacher, rows: Sequence[Row], path: Path, *, tokens: int
                 shown = time.monotonic()
                 rate = count / (shown - started)
                 left = (len(todo) - count) / rate / 60
-                click.echo(f"{teacher.name}: {count}/{len(todo)} rows, {rate:.1f} rows/s, {left:.0f} min left", err=True)
+                click.echo(
+                    f"{teacher.name}: {count}/{len(todo)} rows, {rate:.1f} rows/s, {left:.0f} min left", err=True
+                )
     return {row.id: done[row.id] for row in rows}
 
 

@@ -10,26 +10,44 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from convert.student import best_device
+from convert.teachers.formats import TeacherError
 from edgeguard.bundle import sha256_of
 
 __all__ = ["TransformersModel"]
+
+HEAD_ROWS = 16384
 
 
 class TransformersModel:
     """See :class:`convert.teachers.judge.LanguageModel`."""
 
-    def __init__(self, source: str, *, revision: str | None = None) -> None:
-        """Load a Hub id or a folder; in bfloat16 on an accelerator, in float32 on a CPU."""
+    rows_at_once = 1024  # the caller's batches are counted in tokens
+
+    def __init__(self, source: str, *, revision: str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Load a Hub id or a folder. ``dtype``: None for bfloat16 on an accelerator and float32 on a CPU.
+
+        Raises TeacherError when transformers cannot load it.
+        """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.device = best_device()
-        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self._tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        self._model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype).to(self.device).eval()
+        dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise TeacherError(
+                f"{source}: transformers cannot load it ({_first_line(error)}). Expected a causal model: a folder, or "
+                "owner/name on the Hugging Face Hub. For a gated one, accept its licence there and set HF_TOKEN."
+            ) from error
+        self._model = model.to(self.device).eval()
+        if dtype != torch.float32:
+            self._model.set_output_embeddings(_WideHead(self._model.get_output_embeddings()))
         self.name = _identity(source, self._model)
-        self._vocabulary = self._tokenizer.get_vocab()
+        self._added: dict[str, int] = self._tokenizer.get_added_vocab()
         self._mask = torch.zeros(0, 0)
         self._cache: Any = None
         self._started: Any = None
@@ -41,7 +59,7 @@ class TransformersModel:
 
     def control_id(self, token: str) -> int | None:
         """The id of a control token, or None."""
-        return self._vocabulary.get(token)
+        return self._added.get(token)
 
     def start(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Read new rows."""
@@ -83,10 +101,29 @@ class TransformersModel:
         return logp
 
 
+class _WideHead(nn.Module):
+    """An output layer that computes in float32: bfloat16 has steps of 1/8 at a logit of 20, too coarse for a margin."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias  # still shared with the embedding where they are tied
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``hidden`` [..., width] -> float32 [..., vocabulary]; a part of the rows at a time, for the memory."""
+        wide = hidden.float()
+        parts = torch.split(self.weight, HEAD_ROWS)
+        logits = torch.cat([nn.functional.linear(wide, rows.float()) for rows in parts], -1)
+        return logits if self.bias is None else logits + self.bias.float()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _identity(source: str, model: Any) -> str:  # noqa: ANN401 - a transformers model
     """What names the weights for good: the Hub's commit, or the checksums of a folder's files."""
     commit = getattr(model.config, "_commit_hash", None)
     if commit:
         return f"{source}@{commit}"
-    sums = [sha256_of(path) for path in sorted(Path(source).glob("*.safetensors"))]
-    return f"{Path(source).name}@{'+'.join(s[:12] for s in sums)}"
+    files = sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".bin"))
+    return f"{Path(source).name}@{'+'.join(sha256_of(path)[:12] for path in files)}"
