@@ -26,11 +26,15 @@ from edgeguard.errors import EdgeguardError
 
 __all__ = [
     "CONTAINERS",
+    "GGUF",
+    "GPTQ",
     "POINT",
     "REFERENCE",
     "ROADS",
+    "ROUNDED",
     "SHIPPED",
     "STAGES",
+    "STANDARD",
     "TEACHER",
     "TORCH_INT4",
     "RecordError",
@@ -60,24 +64,28 @@ class StageKind:
 
 TEACHER = "teacher"
 REFERENCE = "student-fp32"
+ROUNDED = "student-int4-rounded"
+GPTQ = "student-int4-gptq"
 TORCH_INT4 = "student-int4-qat"
 SHIPPED = "student-int4-onnx"
+GGUF = "student-int4-gguf"
+STANDARD = "student-onnx-standard"
 # In the order of every table.
 STAGES = {
     TEACHER: StageKind("teacher", None),
     REFERENCE: StageKind("fp32", TEACHER),
-    "student-int4-rounded": StageKind("INT4 rounded", REFERENCE),
-    "student-int4-gptq": StageKind("INT4 GPTQ", REFERENCE),
+    ROUNDED: StageKind("INT4 rounded", REFERENCE),
+    GPTQ: StageKind("INT4 GPTQ", REFERENCE),
     TORCH_INT4: StageKind("INT4 QAT", REFERENCE),
     SHIPPED: StageKind("INT4 ONNX", TORCH_INT4),
-    "student-int4-gguf": StageKind("INT4 GGUF", TORCH_INT4),
-    "student-onnx-standard": StageKind("standard ONNX", TORCH_INT4),
+    GGUF: StageKind("INT4 GGUF", TORCH_INT4),
+    STANDARD: StageKind("standard ONNX", TORCH_INT4),
 }
-CONTAINERS = (SHIPPED, "student-int4-gguf", "student-onnx-standard")
+CONTAINERS = (SHIPPED, GGUF, STANDARD)
 # The roads to INT4, and where each is measured: in torch, else in the file that it is shipped as.
 ROADS = {
-    "rounding": ("student-int4-rounded",),
-    "GPTQ": ("student-int4-gptq",),
+    "rounding": (ROUNDED,),
+    "GPTQ": (GPTQ,),
     "QAT": (TORCH_INT4, SHIPPED),
 }
 SET_TITLES = {
@@ -174,9 +182,14 @@ def _comparable(data: Mapping[str, Any], calibration_sha256: str) -> dict[str, A
 
 
 def describe_sets(tests: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
-    """By test set: rows measured and their hash, the file's checksum, split, and the rule that made its labels."""
+    """By test set: rows measured and their hash, the file's checksum, split, and the rule that made its labels.
+
+    Raises RecordError for a set without labelled rows.
+    """
     described = {}
     for name, rows in tests.items():
+        if not rows:
+            raise RecordError(f"{name}: has no labelled rows. Take it out of the recipe's [evaluate].")
         known = get_set(rows[0].set)
         described[name] = {
             "rows": len(rows),

@@ -27,13 +27,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from convert.batches import Example
-    from edgeguard.engines import Engine
 
 __all__ = [
     "ScoresError",
     "Stage",
     "TeacherStage",
-    "engine_stage",
+    "gguf_stage",
     "int4_stage",
     "onnx_stage",
     "score_rows",
@@ -130,21 +129,25 @@ def onnx_stage(name: str, path: Path, pad_id: int, sets: tuple[str, ...] | None 
     def logits(examples: Sequence[Example]) -> np.ndarray:
         import onnxruntime
 
+        from convert.batches import batches
+
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return _batched(
-            lambda ids, mask: session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0], examples, pad_id
-        )
+        rows: dict[int, np.ndarray] = {}
+        for indices, batch in batches(examples, BATCH_TOKENS, pad_id):
+            feeds = {"input_ids": batch.ids.numpy(), "attention_mask": batch.mask.numpy()}
+            rows.update(zip(indices, session.run(["logits"], feeds)[0], strict=True))
+        return np.stack([rows[i] for i in range(len(examples))])
 
     return Stage(name, sha256_of(path), logits, sets)
 
 
-def engine_stage(
-    name: str, path: Path, open_engine: Callable[[], Engine], pad_id: int, sets: tuple[str, ...] | None = None
-) -> Stage:
-    """The file ``path`` on an engine of the runtime, which ``open_engine`` makes when rows are to be scored."""
+def gguf_stage(name: str, path: Path, sets: tuple[str, ...] | None = None) -> Stage:
+    """An exported GGUF file, on llama.cpp's CPU backend."""
 
     def logits(examples: Sequence[Example]) -> np.ndarray:
-        return _batched(open_engine().logits, examples, pad_id)
+        from convert.export.gguf_run import gguf_logits
+
+        return gguf_logits(path, examples)
 
     return Stage(name, sha256_of(path), logits, sets)
 
@@ -154,18 +157,6 @@ def teacher_stage(name: str, path: Path) -> TeacherStage:
     from convert.teachers.score_file import read_scores
 
     return TeacherStage(name, sha256_of(path), {id_: score.margin for id_, score in read_scores(path).items()})
-
-
-def _batched(
-    run: Callable[[np.ndarray, np.ndarray], np.ndarray], examples: Sequence[Example], pad_id: int
-) -> np.ndarray:
-    """Logits [n, K] of examples in their order; ``run``: ids, mask int64 [b, L] -> logits [b, K]."""
-    from convert.batches import batches
-
-    rows: dict[int, np.ndarray] = {}
-    for indices, batch in batches(examples, BATCH_TOKENS, pad_id):
-        rows.update(zip(indices, run(batch.ids.numpy(), batch.mask.numpy()), strict=True))
-    return np.stack([rows[i] for i in range(len(examples))])
 
 
 def score_rows(

@@ -40,7 +40,6 @@ from convert.scores import (  # noqa: E402
     ScoresError,
     Stage,
     TeacherStage,
-    engine_stage,
     int4_stage,
     teacher_stage,
     torch_stage,
@@ -292,29 +291,14 @@ def test_a_teacher_is_measured_from_its_score_file_like_any_stage(tmp_path: Path
         stage.logits_of("xstest", TESTS["xstest"])
 
 
-class Counting:
-    """An engine whose logits tell how many tokens a row has."""
-
-    name, providers, threads, version = "counting", ("CPU",), 1, "1"
-
-    def logits(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.repeat(mask.sum(axis=1, keepdims=True), K, axis=1).astype(np.float32)
+def test_a_stage_may_leave_sets_out() -> None:
+    some, every = _stage_of(("xstest",)), _stage_of(None)
+    assert some.covers("xstest", TESTS["xstest"]) and not some.covers("gsm8k_benign", TESTS["gsm8k_benign"])
+    assert every.covers("gsm8k_benign", TESTS["gsm8k_benign"]) and not every.covers("empty", [])
 
 
-def test_an_engine_stage_keeps_the_order_of_rows_and_opens_late(tmp_path: Path) -> None:
-    opened: list[Counting] = []
-
-    def open_engine() -> Counting:
-        opened.append(Counting())
-        return opened[-1]
-
-    (tmp_path / "model.gguf").write_bytes(b"weights")
-    stage = engine_stage("student-int4-gguf", tmp_path / "model.gguf", open_engine, 0, ("xstest",))
-    assert not opened and stage.covers("xstest", TESTS["xstest"]) and not stage.covers("gsm8k_benign", TESTS["xstest"])
-    lengths = [5, 900, 3, 700, 800, 4]
-    examples = [Example([1] * n, "prompt", False, (0,) * len(HAZARDS), False, 1.0) for n in lengths]
-    assert stage.logits(examples)[:, 1].tolist() == lengths
-    assert len(opened) == 1
+def _stage_of(sets: tuple[str, ...] | None) -> Stage:
+    return Stage(SHIPPED, "weights", lambda examples: np.zeros((len(examples), K)), sets)
 
 
 def test_the_int4_stage_is_the_student_on_the_grid(tmp_path: Path) -> None:
