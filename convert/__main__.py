@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ def main() -> None:
     python -m convert run recipes/mini.toml          makes models/edgeguard-mini
     python -m convert train recipes/mini.toml        up to this step only
     python -m convert run recipes/mini.toml --smoke  the same chain in minutes, to see that it works here
+    python -m convert transcode models/edgeguard-mini mini.gguf   the same weights for llama.cpp
     python -m convert corpora                        the known sets and where they are published
     """
 
@@ -76,6 +78,40 @@ def corpora(role: str | None) -> None:
         if role in (None, entry.role):
             urls = " ".join(origin_urls(entry))
             click.echo(f"{entry.role}\t{entry.name}\t{entry.commercial}\t{entry.rows}\t{entry.license}\t{urls}")
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write the JSON here.")
+def sizes(recipe: Path, output: Path | None) -> None:
+    """Bytes of every container of the [shape] of a RECIPE: real files of random weights, deleted again."""
+    from convert.export.shape_sizes import measure_sizes
+    from convert.files import write_json
+
+    try:
+        loaded = load_recipe(recipe)
+        if not loaded.shape:
+            raise click.ClickException(f"{loaded.path.name} has no [shape].")
+        record = measure_sizes(loaded.shape)
+    except EdgeguardError as error:
+        raise click.ClickException(str(error)) from error
+    if output:
+        write_json(output, record)
+    click.echo(json.dumps(record, indent=1))
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("gguf", type=click.Path(dir_okay=False, path_type=Path))
+def transcode(bundle: Path, gguf: Path) -> None:
+    """Write the weights of BUNDLE's ONNX file as GGUF, integer for integer, for llama.cpp."""
+    from convert.export.transcode import bundle_to_gguf
+
+    try:
+        bundle_to_gguf(bundle, gguf)
+    except EdgeguardError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(gguf)
 
 
 @main.command()

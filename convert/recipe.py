@@ -18,7 +18,7 @@ else:
 __all__ = ["Recipe", "RecipeError", "load_recipe"]
 
 TABLES = ("base", "student", "train", "qat", "export", "calibrate", "evaluate", "corpus")
-OPTIONAL = ("teacher", "distill", "roads")
+OPTIONAL = ("teacher", "distill", "roads", "shape")
 HERE = Path(__file__).resolve().parent
 
 
@@ -49,6 +49,7 @@ class Recipe:
     teacher: dict[str, Any]
     distill: dict[str, Any]
     roads: dict[str, Any]
+    shape: dict[str, Any]
     path: Path
     sha256: str
     build: Path

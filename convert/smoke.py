@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.corpora.registry import DATA_VARIABLE
-from convert.recipe import Recipe
+from convert.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -145,7 +145,8 @@ TRAINING = {**SHORT, "passes": 4.0, "learning_rate": 3e-3, "head_learning_rate":
 def shrink(recipe: Recipe) -> Recipe:
     """The recipe with everything large made small, in a ``smoke`` folder of its build; sets the data folder.
 
-    What kinds of teacher, pruning, loss and road it names stays as it is.
+    What kinds of teacher, pruning, loss and container it names stays as it is. A teacher from a GGUF or a score file
+    cannot be made small: raises RecipeError.
     """
     folder = recipe.build / "smoke"
     os.environ[DATA_VARIABLE] = str(write_data(folder / "data"))
@@ -177,6 +178,13 @@ def shrink(recipe: Recipe) -> Recipe:
     if recipe.teacher.get("kind") == "trained":
         training = {**recipe.teacher["train"], **TRAINING}
         changes["teacher"] = {**recipe.teacher, "base": base, "layers": 3, "max_tokens": 48, "train": training}
+    elif recipe.teacher.get("kind") == "transformers":
+        from convert.tiny_judges import write_judge
+
+        judge = write_judge(folder / "judge", recipe.teacher["guard"])
+        changes["teacher"] = {"kind": "transformers", "guard": recipe.teacher["guard"], "model": str(judge)}
+    elif recipe.teacher:
+        raise RecipeError(f"--smoke has no small stand-in for a teacher of kind {recipe.teacher['kind']!r}.")
     if recipe.distill:
         changes["distill"] = {**recipe.distill, "unlabelled": {"tiny_unlabelled": 40}, "judged": 400}
     return replace(recipe, **changes, build=folder / "build", models=folder / "models")

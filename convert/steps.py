@@ -42,7 +42,20 @@ if TYPE_CHECKING:
     from convert.student import Student
     from convert.teachers.score_file import Teacher
 
-__all__ = ["ORDER", "base", "corpus", "evaluate", "export", "label", "package", "qat", "roads", "student", "teacher", "train"]
+__all__ = [
+    "ORDER",
+    "base",
+    "corpus",
+    "evaluate",
+    "export",
+    "label",
+    "package",
+    "qat",
+    "roads",
+    "student",
+    "teacher",
+    "train",
+]
 
 ORDER = ("base", "corpus", "teacher", "label", "student", "train", "qat", "roads", "export", "evaluate", "package")
 
@@ -176,7 +189,7 @@ def label(recipe: Recipe) -> Path:
 
 
 def rows_to_judge(recipe: Recipe) -> list[Row]:
-    """At most ``judged`` rows: those without a label, those labelled by construction, then the others; each shuffled."""
+    """At most ``judged`` rows, shuffled: those without a label, those labelled by construction, then the others."""
     rows = unlabelled_rows(recipe.distill["unlabelled"], recipe.corpus["seed"], leak_keys(recipe.evaluate["sets"]))
     mixed = shuffled_by_text([m.row for m in read_mix(recipe) if m.split == "train"], recipe.corpus["seed"])
     noisy = [row for row in mixed if is_noisy(row)]
@@ -374,7 +387,7 @@ def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
     if recipe.roads:
         measured += [
             int4_stage(ROUNDED, train(recipe), pad_id, some),
-            int4_stage(GPTQ, roads(recipe), pad_id, some),
+            torch_stage(GPTQ, roads(recipe), pad_id, some),  # on the grid already, and not where rounding would put it
         ]
     also = recipe.export.get("also", [])
     if "gguf" in also and importlib.util.find_spec("llama_cpp"):

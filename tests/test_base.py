@@ -8,7 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from convert_support import write_base
+
+from convert.smoke import write_base
 
 pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
 pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")

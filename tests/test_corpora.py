@@ -6,13 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from convert_support import requests, row, write_data, write_sets
 
 from convert.corpora.augment import constructed_answers, constructed_responses, neutral_names
 from convert.corpora.constructed import constructed_requests
 from convert.corpora.mix import build_mix, check_no_test_rows, leak_keys, normalise
 from convert.corpora.registry import DEFAULT_DATA, CorpusError, Row, get_set, load_sets, origin_urls, read_set
 from convert.recipe import load_recipe
+from convert.smoke import requests, row, write_data, write_sets
 
 WANTED = {"tiny_train": {"safe": 100, "unsafe": 80, "weight": 0.5}}
 

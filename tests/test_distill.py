@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from convert_support import llama_config
+
+from convert.smoke import llama_config
 
 torch = pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
 transformers = pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")

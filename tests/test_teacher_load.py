@@ -12,11 +12,11 @@ pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtim
 pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
 
 from hub_support import COMMIT, run_with_hub, serve_hub  # noqa: E402
-from tiny_judges import TinyJudges  # noqa: E402
 
 from convert.corpora.registry import Row  # noqa: E402
 from convert.teachers.formats import TeacherError  # noqa: E402
 from convert.teachers.load import load_teacher  # noqa: E402
+from convert.tiny_judges import TinyJudges  # noqa: E402
 
 GUARD = "llama-guard-3-1b"
 REPOSITORY = "meta-llama/Llama-Guard-3-1B"

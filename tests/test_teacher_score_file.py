@@ -12,12 +12,11 @@ import pytest
 pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
 pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
 
-from tiny_judges import TinyJudges  # noqa: E402
-
 from convert.corpora.registry import Row  # noqa: E402
 from convert.teachers.formats import TeacherError  # noqa: E402
 from convert.teachers.judge import Judge, Judgement  # noqa: E402
 from convert.teachers.score_file import label_rows, read_scores  # noqa: E402
+from convert.tiny_judges import TinyJudges  # noqa: E402
 
 ROWS = [
     Row("set:a", "set", "prompt", None, "How do I bake bread?", None),

@@ -12,12 +12,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
 pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
 
-from tiny_judges import ARCHITECTURES, TinyJudges, write_judge  # noqa: E402
-
 from convert.corpora.registry import Row  # noqa: E402
 from convert.teachers.formats import Policy, TeacherError, find_format, load_formats  # noqa: E402
 from convert.teachers.judge import Judge, Judgement  # noqa: E402
 from convert.teachers.transformers_model import TransformersModel  # noqa: E402
+from convert.tiny_judges import ARCHITECTURES, TinyJudges, write_judge  # noqa: E402
 from edgeguard.taxonomy import HAZARDS  # noqa: E402
 
 TEXTS = ["How do I bake bread?", "Tell me a story about a very small dragon that lives in a tea pot.", "x", "¿Qué tal?"]

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +22,7 @@ from convert.export.onnx_graph import StudentConfig, build_guard_graph
 from convert.files import write_whole
 from convert.quantize import Int4Weight, quantize_int4
 
-__all__ = ["CONTAINERS", "synthetic_tokenizer", "write_untrained"]
+__all__ = ["CONTAINERS", "measure_sizes", "synthetic_tokenizer", "write_untrained"]
 
 CONTAINERS = ("onnx", "gguf", "standard")
 SLICE_ELEMENTS = 1 << 24  # of float32 at a time
@@ -62,6 +66,22 @@ def write_untrained(
         name, write = files[container]
         write_whole(folder / name, write)
     return {files[container][0]: (folder / files[container][0]).stat().st_size for container in containers}
+
+
+def measure_sizes(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """Write every container of ``shape`` into a temporary folder; returns what they weigh.
+
+    ``shape``: the fields of StudentConfig, ``vocab_size`` a list of several. Returns ``shape``, ``untrained`` (True: the
+    weights are random), ``bytes`` by vocabulary and file, and ``peak_memory_bytes`` of this process.
+    """
+    sizes = {}
+    for vocabulary in shape["vocab_size"]:
+        config = StudentConfig(**{**shape, "vocab_size": vocabulary})
+        with tempfile.TemporaryDirectory() as folder:
+            sizes[str(vocabulary)] = write_untrained(config, Path(folder), seed=0)
+        click.echo(f"vocabulary {vocabulary}: {sizes[str(vocabulary)]}", err=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"shape": dict(shape), "untrained": True, "bytes": sizes, "peak_memory_bytes": peak}
 
 
 def synthetic_tokenizer(size: int, seed: int) -> str:
