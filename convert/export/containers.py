@@ -87,7 +87,7 @@ def _export_standard(
         return export_standard(weights, config, path, *checked, tolerance=tolerance, labels=labels)
     except ImportError as error:
         raise ContainerError(
-            f"the standard ONNX needs optimum-onnx ({error}). Install '.[convert]', or leave 'standard' out of [export]."
+            f"the standard ONNX needs optimum-onnx ({error}). Install '.[convert]', or do without 'standard'."
         ) from error
 
 

@@ -71,7 +71,7 @@ def write_untrained(
 def measure_sizes(shape: Mapping[str, Any]) -> dict[str, Any]:
     """Write every container of ``shape`` into a temporary folder; returns what they weigh.
 
-    ``shape``: the fields of StudentConfig, ``vocab_size`` a list of several. Returns ``shape``, ``untrained`` (True: the
+    ``shape``: the fields of StudentConfig, ``vocab_size`` a list. Returns ``shape``, ``untrained`` (True: the
     weights are random), ``bytes`` by vocabulary and file, and ``peak_memory_bytes`` of this process.
     """
     sizes = {}
