@@ -138,12 +138,12 @@ def make_report(
     """``report.json`` of all stages, in the order of :data:`STAGES`; of them the shipped one and fp32 must be there.
 
     ``tests``, ``calibration``: the rows that were measured; ``hazard_set``: the test set whose rows name one hazard
-    each. What takes more models than the stages' own (the containers' parity) is for the caller to add. Raises
-    RecordError.
+    each. A stage measured on no set is left out. What takes more models than the stages' own (the containers' parity)
+    is for the caller to add. Raises RecordError.
     """
-    by_name = {stage.name: stage for stage in measured}
-    for name in by_name:
-        _kind(name)
+    for stage in measured:
+        _kind(stage.name)
+    by_name = {stage.name: stage for stage in measured if stage.sets}
     if missing := [name for name in (SHIPPED, REFERENCE) if name not in by_name]:
         raise RecordError(f"the record lacks the stages {missing}; measured were {sorted(by_name)}.")
     data, revision = describe_sets(tests), rows_sha256(calibration)

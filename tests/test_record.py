@@ -135,6 +135,15 @@ def test_stages_stand_in_their_order_and_say_what_they_rest_on(report: dict[str,
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
+def test_a_stage_measured_on_no_set_is_no_stage(measured: list[MeasuredStage]) -> None:
+    found = make_report(
+        [*measured[:2], _measured(TORCH_INT4, sets=())], TESTS, CALIBRATION, hazard_set="ailuminate_demo_en"
+    )
+    assert list(found["stages"]) == [REFERENCE, SHIPPED]
+    assert found["lost"][SHIPPED]["before"]["stage"] == REFERENCE
+    assert found["roads"]["roads"]["QAT"]["stage"] == SHIPPED and len(found["roads"]["sets"]) == 2
+
+
 def test_a_record_needs_the_shipped_stage_and_known_names(measured: list[MeasuredStage]) -> None:
     with pytest.raises(RecordError, match="lacks the stages \\['student-int4-onnx'\\]"):
         make_report(measured[1:3], TESTS, CALIBRATION, hazard_set="ailuminate_demo_en")
