@@ -69,6 +69,16 @@ def _loss_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _export_table(export: Mapping[str, Any]) -> str:
+    """``export``: the step's record, container -> figures; null where its program was not installed."""
+    rows = [
+        [name, str(entry["n"]), figure(entry["max_abs_diff"]), figure(entry["mean_abs_diff"])]
+        for name, entry in export.items()
+        if isinstance(entry, Mapping)
+    ]
+    return _table(["container", "texts", "largest difference", "mean difference"], rows)
+
+
 def _hazard_table(report: Mapping[str, Any]) -> str:
     lines = ["| hazard | n | flagged | named first |", "|---|---|---|---|"]
     for code, row in report["hazards"].items():
@@ -97,7 +107,6 @@ def _points_table(manifest: Mapping[str, Any]) -> str:
 def model_card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """The card, in Markdown."""
     size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
-    export = report["export"]
     command = f"python -m convert run recipes/{recipe.path.name}"
     return f"""# {recipe.name} {recipe.version}
 
@@ -134,9 +143,11 @@ all figures of the float32 student are in `report.json`.
 
 {_loss_table(report)}
 
-The exported file against the torch model of the same INT4 weights, {export["n"]} texts: largest logit difference
-{export["max_abs_diff"]:.3f}, mean {export["mean_abs_diff"]:.4f}. Verdicts on rows of the test sets, each container
-against that model:
+The exported files against the torch model of the same INT4 weights, logit by logit, on texts of the validation split:
+
+{_export_table(report["export"])}
+
+Verdicts on rows of the test sets, each container against that model:
 
 {_parity_table(report)}
 

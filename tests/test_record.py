@@ -21,7 +21,9 @@ from convert.__main__ import main  # noqa: E402
 from convert.batches import Example  # noqa: E402
 from convert.corpora.registry import Row  # noqa: E402
 from convert.evaluate import MeasuredStage, measure_stage, verdict_parity  # noqa: E402
+from convert.files import read_json  # noqa: E402
 from convert.plots import draw_plots  # noqa: E402
+from convert.recipe import load_recipe  # noqa: E402
 from convert.record import (  # noqa: E402
     REFERENCE,
     SHIPPED,
@@ -35,7 +37,7 @@ from convert.record import (  # noqa: E402
     make_report,
     roads_table,
 )
-from convert.report import record_markdown  # noqa: E402
+from convert.report import comparison_table, model_card, record_markdown  # noqa: E402
 from convert.scores import (  # noqa: E402
     ScoresError,
     Stage,
@@ -46,6 +48,7 @@ from convert.scores import (  # noqa: E402
 )
 from edgeguard.taxonomy import HAZARDS  # noqa: E402
 
+BUNDLE = Path(__file__).resolve().parent.parent / "models" / "edgeguard-mini"
 K = 2 + len(HAZARDS)
 ROADS = ("student-int4-rounded", "student-int4-gptq", TORCH_INT4)
 
@@ -256,6 +259,20 @@ def test_the_markdown_has_whole_tables_dashes_and_no_text(report: dict[str, Any]
     assert f"| INT4 GPTQ | fp32 | {lost['before']['mean']:+.2f} | 2 | {lost['teacher']['mean']:+.2f} | 1 |" in text
     assert f"## The {len(report['worst'])} worst mistakes" in text and report["worst"][0]["id"] in text
     assert "Secret" not in text and "Secret" not in json.dumps(report)
+
+
+def test_the_card_tells_the_containers_apart(report: dict[str, Any]) -> None:
+    compared = {"n": 200, "max_abs_diff": 0.3151, "mean_abs_diff": 0.0477}
+    not_run = {"n": 0, "max_abs_diff": None, "mean_abs_diff": None}
+    report["export"] = {"tolerance": 1.0, "onnx": compared, "gguf": not_run}
+    manifest, data = (read_json(BUNDLE / name) for name in ("manifest.json", "data_manifest.json"))
+    card = model_card(load_recipe(Path("recipes/mini.toml")), manifest, report, data)
+    assert "| onnx | 200 | 0.315 | 0.048 |\n| gguf | 0 | – | – |" in card
+    assert f"| **mean of 2 sets** | | | **{report['int4_loss']['mean']:+.2f}** | | |" in card
+    assert comparison_table(report, "low_fpr") in card
+    report["stages"][SHIPPED]["comparable"]["calibration"] = "another"
+    with pytest.raises(RecordError, match="calibration rows"):
+        model_card(load_recipe(Path("recipes/mini.toml")), manifest, report, data)
 
 
 def test_plots_are_drawn(report: dict[str, Any], measured: list[MeasuredStage], tmp_path: Path) -> None:
