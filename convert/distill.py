@@ -88,7 +88,8 @@ def teacher_loss(*, temperature: float, label_weight: float, hazard_weight: floa
             + hazard_weight * (_hazard_loss(logits[:, 2:], batch) + _taught_hazard_loss(logits[:, 2:], batch))
             + benign_weight * (1 - unsafe) * margin.sigmoid()
         )
-        return (rows * batch.weight).sum() / batch.weight.sum()
+        mean: Tensor = (rows * batch.weight).sum() / batch.weight.sum()
+        return mean
 
     return loss
 
@@ -256,7 +257,7 @@ class Trainer:
             write_whole(self.folder / "best.pt", lambda path: torch.save(self._trained(), path))
         else:
             self.best["worse"] += 1
-        return self.best["worse"] >= self.settings.patience
+        return bool(self.best["worse"] >= self.settings.patience)
 
     def _update(self, batch: Batch) -> float:
         self.student.train()

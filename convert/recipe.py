@@ -82,8 +82,9 @@ def load_recipe(path: Path, build: Path | None = None, models: Path | None = Non
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"no recipe at {path}.") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path.name}: {error}") from error
+    return data

@@ -411,7 +411,8 @@ def measure(recipe: Recipe, tests: dict[str, list[Row]], held_back: list[Row]) -
     def score(stage: Stage | TeacherStage, name: str, rows: Sequence[Row]) -> np.ndarray:
         return score_rows(stage, name, rows, template, tokenizer, max_tokens, cache)
 
-    measured = {stage.name: measure_stage(stage, tests, held_back, score) for stage in stages(recipe)}
+    kinds = stages(recipe)
+    measured = {stage.name: measure_stage(stage, tests, held_back, score) for stage in kinds}
     report = make_report(list(measured.values()), tests, held_back, hazard_set=recipe.evaluate["hazards"])
     sample, fitted = parity_rows(tests), measured[SHIPPED].fitted
     reference = score(int4_stage(TORCH_INT4, qat(recipe), template.pad_id), "parity", sample)
@@ -420,7 +421,7 @@ def measure(recipe: Recipe, tests: dict[str, list[Row]], held_back: list[Row]) -
             "reference": TORCH_INT4,
             **verdict_parity(sample, reference, score(stage, "parity", sample), fitted, POINT),
         }
-        for stage in stages(recipe)
+        for stage in kinds
         if stage.name in CONTAINERS
     }
     report["export"] = read_json(export(recipe).with_name("parity.json"))
@@ -478,12 +479,15 @@ def _vector(recipe: Recipe, prompt: str, response: str | None) -> dict[str, Any]
     """A self-test vector: one text, judged alone by the exported file."""
     from convert.batches import encode_rows
     from convert.evaluate import margins_of
+    from convert.record import SHIPPED
+    from convert.scores import onnx_stage
 
     target = "prompt" if response is None else "response"
     template, tokenizer = text_side(trimmed_base(recipe))
     row = Row("self-test", "self-test", target, "safe", prompt, response)
     examples = encode_rows([row], template, tokenizer, recipe.student["max_tokens"])
-    margin = float(margins_of(stages(recipe)[0].logits(examples))[0])
+    stage = onnx_stage(SHIPPED, export(recipe), template.pad_id)
+    margin = float(margins_of(stage.logits(examples))[0])
     return {"prompt": prompt, "response": response, "tokens": len(examples[0].ids), "margin": round(margin, 4)}
 
 

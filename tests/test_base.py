@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.smoke import write_base
+from convert.smoke import LLAMA_3, write_base
 
 pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
 pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
@@ -23,6 +23,7 @@ from convert.base import (  # noqa: E402
     chat_template,
     fetch_base,
     plain_tokenizer_json,
+    target_token,
 )
 
 
@@ -87,17 +88,34 @@ def test_a_byte_that_the_vocabulary_lacks_is_judged_as_a_replacement(base: Path,
     assert tokenizer.token_to_id("?") in encoded.ids
 
 
+def test_llama_3_has_its_own_markers(tmp_path: Path) -> None:
+    folder = write_base(tmp_path, LLAMA_3)
+    template = chat_template(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = tokenizer.decode(template.encode(tokenizer, [("user", "Is 12 safe?")], 64).ids, skip_special_tokens=False)
+    start = "<|start_header_id|>"
+    assert text == f"{start}user<|end_header_id|>\n\nIs 12 safe?<|eot_id|>{start}prompt"
+    assert template.pad_id == tokenizer.token_to_id("<|eot_id|>")
+
+
+def test_a_row_of_the_head_starts_from_one_token(base: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    assert tokenizer.id_to_token(target_token(base, "unsafe")) == "unsafe"
+    with pytest.raises(BaseError, match="'safe unsafe' is"):
+        target_token(base, "safe unsafe")
+
+
 def test_the_template_names_what_it_judges(base: Path) -> None:
     template = chat_template(base)
     assert template.read["prompt"] != template.read["response"]
     assert template.pad_id in template.reserved
 
 
-def test_a_base_without_chatml_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_base_without_turn_markers_is_refused(base: Path, tmp_path: Path) -> None:
     data = json.loads((base / "tokenizer.json").read_text())
     data["added_tokens"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(BaseError, match="no ChatML markers"):
+    with pytest.raises(BaseError, match="no markers of ChatML or Llama 3"):
         chat_template(tmp_path)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from convert.corpora.augment import constructed_answers, constructed_responses, neutral_names
 from convert.corpora.constructed import constructed_requests
-from convert.corpora.mix import build_mix, check_no_test_rows, leak_keys, normalise
+from convert.corpora.mix import build_mix, check_no_test_rows, leak_keys, normalise, unlabelled_rows
 from convert.corpora.registry import DEFAULT_DATA, CorpusError, Row, get_set, load_sets, origin_urls, read_set
 from convert.recipe import load_recipe
 from convert.smoke import requests, row, write_data, write_sets
@@ -150,6 +150,22 @@ def test_constructed_responses_have_the_labels_their_making_gives() -> None:
     assert {r.label for r in echoes} == {"safe", "unsafe"}
     assert all(r.target == "response" and r.response for r in made)
     assert constructed_responses(rows, 1, refusals=20, echoes=5) == made
+
+
+def test_unlabelled_rows_are_capped_shuffled_and_clear_of_the_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEGUARD_DATA", str(write_data(tmp_path)))
+    rows = unlabelled_rows({"tiny_unlabelled": 20}, 1, set())
+    assert len(rows) == 20 and {r.label for r in rows} == {None}
+    assert [r.id for r in rows] != sorted(r.id for r in rows)
+    assert (
+        rows == unlabelled_rows({"tiny_unlabelled": 20}, 1, set()) != unlabelled_rows({"tiny_unlabelled": 20}, 2, set())
+    )
+    leaked = normalise(rows[0].prompt)
+    assert rows[0] not in unlabelled_rows({"tiny_unlabelled": 60}, 1, {leaked})
+    with pytest.raises(CorpusError, match="takes unlabelled sets alone"):
+        unlabelled_rows({"tiny_train": 5}, 1, set())
 
 
 def test_constructed_requests_are_different_repeatable_and_labelled() -> None:

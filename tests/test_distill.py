@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason="the conversion layer 
 
 from convert.batches import Batch, Example, batches, collate, training_batches  # noqa: E402
 from convert.distill import (  # noqa: E402
+    CheckpointError,
     Loss,
     Settings,
     Trainer,
@@ -27,6 +29,9 @@ from convert.distill import (  # noqa: E402
 )
 from convert.student import Student  # noqa: E402
 from edgeguard.taxonomy import HAZARDS  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NONE = (0,) * len(HAZARDS)
 S1 = (1, *NONE[1:])
@@ -98,6 +103,8 @@ def test_hazard_loss_is_noisy_or() -> None:
         weight=torch.ones(3),
         teacher=torch.zeros(3),
         taught=torch.zeros(3),
+        teacher_hazards=torch.zeros(3, len(HAZARDS)),
+        hazards_taught=torch.zeros(3),
         trusted=torch.ones(3),
     )
     loss = _hazard_loss(logits, batch).tolist()
@@ -145,8 +152,8 @@ def test_qat_loss_adds_the_labels_by_their_weight() -> None:
 def _margins(loss: Loss, batch: Batch, margins: list[float]) -> float:
     """``loss`` of a student that gives these margins whatever it reads."""
 
-    class Fixed(torch.nn.Module):
-        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    class Fixed(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
             half = torch.tensor(margins) / 2
             return torch.cat([torch.stack([-half, half], 1), torch.full((len(half), len(HAZARDS)), -40.0)], 1)
 
@@ -176,12 +183,49 @@ def test_teacher_loss_weighs_teacher_label_and_false_alarms() -> None:
     assert _margins(loss(benign_weight=0.7), batch(teacher=3.0, unsafe=True), [3.0]) == pytest.approx(0, abs=1e-6)
 
 
+def test_the_teachers_hazards_count_where_the_row_names_none() -> None:
+    told = (0.5,) * len(HAZARDS)
+    row = dataclasses.replace(_examples(2)[1], teacher=0.0, teacher_hazards=told, trusted=False)
+    weights = {"temperature": 1.0, "label_weight": 1.0, "benign_weight": 0.0}
+    found = {}
+    for known in (False, True):
+        batch = collate([dataclasses.replace(row, hazards_known=known)], 0)
+        found[known] = [_margins(teacher_loss(hazard_weight=w, **weights), batch, [0.0]) for w in (0.0, 1.0)]
+    # The fixed logits are -40: each hazard that the teacher holds for likely costs half of that.
+    assert found[False] == [pytest.approx(0, abs=1e-5), pytest.approx(0.5 * 40 * len(HAZARDS), rel=1e-3)]
+    assert found[True] == [pytest.approx(0, abs=1e-5), pytest.approx(13.8, abs=0.1)]  # its own one is absent: -log 1e-6
+
+
+def test_training_stops_early_with_its_best_weights(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, _student(), steps=200, evaluate_every=10, patience=2, checkpoint_every=1000)
+    areas = iter([0.6, 0.8, 0.7, 0.7])
+    weights = []
+
+    def evaluate() -> dict[str, float]:
+        weights.append({name: p.clone() for name, p in trainer.student.state_dict().items()})
+        return {"auprc_prompt": next(areas)}
+
+    trainer.evaluate = evaluate  # type: ignore[method-assign]
+    trainer.run()
+    assert trainer.step == 40
+    for name, tensor in trainer.student.state_dict().items():
+        assert torch.equal(tensor, weights[1][name])
+    assert any(not torch.equal(weights[1][name], weights[3][name]) for name in weights[1])
+
+
+def test_a_checkpoint_of_another_student_is_refused(tmp_path: Path) -> None:
+    _trainer(tmp_path, _student()).run()
+    with pytest.raises(CheckpointError, match="another kind"):
+        _trainer(tmp_path, _student(), freeze_layers=1).run()
+
+
 def test_training_learns(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, _student(), steps=60, checkpoint_every=100)
     trainer.run()
     assert trainer.evaluate()["auprc_prompt"] > 0.9
-    assert (tmp_path / "loss.png").is_file() and (tmp_path / "final" / "student.safetensors").is_file()
+    assert (tmp_path / "loss.png").is_file()
     logits = score(trainer.student, _examples(), 0, bf16=False)
+    trainer.student.save(tmp_path / "final")
     np.testing.assert_allclose(score(Student.load(tmp_path / "final"), _examples(), 0, bf16=False), logits, rtol=1e-5)
 
 
