@@ -90,8 +90,9 @@ class Student(nn.Module):
         return {name: tensor.detach().float().numpy() for name, tensor in self.state_dict().items()}
 
     def onnx_config(self, max_tokens: int) -> StudentConfig:
-        """The shape that the ONNX graph is built from."""
+        """The shape that every container is built from. Raises RopeError for RoPE scaling that they cannot hold."""
         from convert.export.onnx_graph import StudentConfig
+        from convert.export.rope import rope_factors
 
         config = self.model.config
         return StudentConfig(
@@ -106,6 +107,7 @@ class Student(nn.Module):
             rope_theta=config.rope_theta,
             max_tokens=max_tokens,
             head_size=len(self.labels),
+            rope_factors=rope_factors(config),
         )
 
     def save(self, folder: Path) -> None:

@@ -116,7 +116,7 @@ def test_other_onnx_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_rotation_is_refused(tmp_path: Path) -> None:
-    """A scaled RoPE would be lost on the way: GGUF states the base only."""
+    """A RoPE that the file does not state would be lost on the way: GGUF takes the base and the factors."""
     model = build_guard_graph(packed(BASE), BASE)
     for tensor in model.graph.initializer:
         if tensor.name == "rope_sin":

@@ -7,9 +7,10 @@ whose last hidden state is read (embeddings with LAST pooling), and the head sta
 
 llama.cpp rotates neighbouring pairs where transformers rotates halves, so the rows of the query and key projections
 change places. Groups run along a row: its nibbles and scales move with it unchanged, and reading undoes it exactly.
+The factors of a scaled RoPE are the tensor ``rope_freqs.weight``, one divisor a pair.
 
-Sources: gguf-py 0.19 (writer, reader, tensor names), llama.cpp ``convert_hf_to_gguf.py`` (LlamaModel.permute) and
-``llama-vocab.cpp`` (how it splits text).
+Sources: gguf-py 0.19 (writer, reader, tensor names), llama.cpp ``convert_hf_to_gguf.py`` (LlamaModel: permute,
+generate_extra_tensors) and ``llama-vocab.cpp`` (how it splits text).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ LAYER_NAMES = {
     "model.layers.{}.mlp.down_proj.weight": "blk.{}.ffn_down.weight",
 }
 OTHER_NAMES = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufError(EdgeguardError):
@@ -121,6 +123,8 @@ def write_gguf(
             int4, heads = as_int4(weight), _heads(name, config)
             moved = Int4Weight(_permuted(int4.nibbles, heads), _permuted(int4.scales, heads))
             writer.add_tensor(gguf_name, moved.pack_q4_0(), raw_dtype=GGMLQuantizationType.Q4_0)
+        if config.rope_factors is not None:
+            writer.add_tensor(ROPE_FACTORS, np.array(config.rope_factors, np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -154,7 +158,11 @@ def read_gguf(path: Path) -> GgufStudent:
         "head.weight": np.array(fields["edgeguard.head.weight"], np.float32).reshape(len(labels), -1),
         "head.bias": np.array(fields["edgeguard.head.bias"], np.float32),
     }
+    rope_factors = None
     for tensor in reader.tensors:
+        if tensor.name == ROPE_FACTORS:
+            rope_factors = tuple(tensor.data.tolist())
+            continue
         name = names[tensor.name]
         if tensor.tensor_type != GGMLQuantizationType.Q4_0:
             weights[name] = np.array(tensor.data, np.float32)
@@ -162,7 +170,7 @@ def read_gguf(path: Path) -> GgufStudent:
         packed = Int4Weight.unpack_q4_0(np.array(tensor.data))
         count = next((n for part, n in heads.items() if part in name), None)
         weights[name] = Int4Weight(_restored(packed.nibbles, count), _restored(packed.scales, count))
-    config = _read_config(fields, head_size=len(labels))
+    config = _read_config(fields, head_size=len(labels), rope_factors=rope_factors)
     return GgufStudent(config, weights, labels, fields)
 
 
@@ -236,7 +244,7 @@ def _add_config(writer: Any, config: StudentConfig) -> None:  # noqa: ANN401 - a
     writer.add_file_type(2)  # mostly Q4_0
 
 
-def _read_config(fields: Mapping[str, Any], *, head_size: int) -> StudentConfig:
+def _read_config(fields: Mapping[str, Any], *, head_size: int, rope_factors: tuple[float, ...] | None) -> StudentConfig:
     """Undo :func:`_add_config`."""
     return StudentConfig(
         vocab_size=fields[f"{ARCHITECTURE}.vocab_size"],
@@ -250,6 +258,7 @@ def _read_config(fields: Mapping[str, Any], *, head_size: int) -> StudentConfig:
         rope_theta=shortest(fields[f"{ARCHITECTURE}.rope.freq_base"]),
         max_tokens=fields[f"{ARCHITECTURE}.context_length"],
         head_size=head_size,
+        rope_factors=rope_factors,
     )
 
 

@@ -25,7 +25,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from convert.quantize import GROUP_SIZE, Int4Weight, as_int4
 
-__all__ = ["LABELS_KEY", "StudentConfig", "Weights", "build_guard_graph", "check_weights", "with_labels"]
+__all__ = [
+    "LABELS_KEY",
+    "ROPE_FACTORS_KEY",
+    "StudentConfig",
+    "Weights",
+    "build_guard_graph",
+    "check_weights",
+    "with_metadata",
+]
 
 Weights = Mapping[str, NDArray[Any] | Int4Weight]
 
@@ -33,6 +41,7 @@ OPSET = 21  # the first with INT4 tensors
 IR_VERSION = 10  # the one of that opset; onnxruntime 1.20 reads it
 CONTRIB = "com.microsoft"
 LABELS_KEY = "edgeguard.head.labels"
+ROPE_FACTORS_KEY = "edgeguard.rope.factors"
 MASKED = -1e9  # added to the score of a padded key; finite, so that no row can become NaN
 
 
@@ -40,8 +49,9 @@ MASKED = -1e9  # added to the score of a padded key; finite, so that no row can 
 class StudentConfig:
     """Shape of a student, named as in transformers' LlamaConfig.
 
-    ``max_tokens``: the longest row that the graph accepts; ``head_size``: the number of logits. RoPE is the plain one
-    (no ``rope_scaling``). Raises ValueError when the parts do not fit together.
+    ``max_tokens``: the longest row that the graph accepts; ``head_size``: the number of logits.
+    ``rope_factors``: float32 divisors of the ``head_dim / 2`` frequencies of RoPE, fastest first (see
+    convert.export.rope); None for plain RoPE. Raises ValueError when the parts do not fit together.
     """
 
     vocab_size: int
@@ -55,6 +65,7 @@ class StudentConfig:
     rope_theta: float
     max_tokens: int
     head_size: int
+    rope_factors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check what the operators need."""
@@ -62,6 +73,11 @@ class StudentConfig:
             raise ValueError(
                 "a student needs a layer, heads divisible by key-value heads and an even head width, got "
                 f"{self.num_layers} layers, {self.num_heads} / {self.num_kv_heads} heads of {self.head_dim}."
+            )
+        factors = self.rope_factors
+        if factors is not None and (len(factors) != self.head_dim // 2 or not all(0 < f < np.inf for f in factors)):
+            raise ValueError(
+                f"expected {self.head_dim // 2} RoPE factors above 0, half of a head's width, got {list(factors)}."
             )
 
     @property
@@ -116,15 +132,21 @@ def build_guard_graph(
     check_weights(weights, config)
     graph = _Graph(weights, config, int4=int4, accuracy_level=accuracy_level)
     graph.build()
-    return with_labels(graph.model(), labels, config)
+    return with_metadata(graph.model(), labels, config)
 
 
-def with_labels(model: onnx.ModelProto, labels: Sequence[str], config: StudentConfig) -> onnx.ModelProto:
-    """Keep the names of the head's rows in the metadata of ``model``; none: leave it as it is. Raises ValueError."""
+def with_metadata(model: onnx.ModelProto, labels: Sequence[str], config: StudentConfig) -> onnx.ModelProto:
+    """Keep what the graph cannot say in the metadata of ``model``: the names of the head's rows, and RoPE factors.
+
+    Neither: leave it as it is. Raises ValueError for another number of labels.
+    """
     if labels and len(labels) != config.head_size:
         raise ValueError(f"expected {config.head_size} labels, one a row of the head, got {list(labels)}.")
-    if labels:
-        helper.set_model_props(model, {LABELS_KEY: json.dumps(list(labels))})
+    props: dict[str, list[Any]] = {LABELS_KEY: list(labels)} if labels else {}
+    if config.rope_factors is not None:
+        props[ROPE_FACTORS_KEY] = list(config.rope_factors)
+    if props:
+        helper.set_model_props(model, {key: json.dumps(value) for key, value in props.items()})
     return model
 
 
@@ -191,7 +213,10 @@ class _Graph:
         """What every layer reads: lengths, the place of the last token, the bias of padded keys, the RoPE tables."""
         cfg = self.config
         steps = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
-        angles = np.arange(cfg.max_tokens, dtype=np.float32)[:, None] / np.float32(cfg.rope_theta) ** steps
+        divisors = np.float32(cfg.rope_theta) ** steps
+        if cfg.rope_factors is not None:
+            divisors *= np.array(cfg.rope_factors, np.float32)
+        angles = np.arange(cfg.max_tokens, dtype=np.float32)[:, None] / divisors
         self._initializer("rope_cos", np.cos(angles))
         self._initializer("rope_sin", np.sin(angles))
         count = self._node("ReduceSum", ["attention_mask", self._constant("axis_1", [1])], "token_count", keepdims=1)

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from convert.export.onnx import save_checked
-from convert.export.onnx_graph import StudentConfig, Weights, check_weights, with_labels
+from convert.export.onnx_graph import StudentConfig, Weights, check_weights, with_metadata
 from convert.quantize import GROUP_SIZE, Int4Weight, as_int4
 from edgeguard.errors import EdgeguardError
 
@@ -88,7 +88,7 @@ def build_standard_graph(weights: Weights, config: StudentConfig, *, labels: Seq
             graph.replace_norm(traced_name, _float(weights[name]))
     graph.replace_embedding("embed_tokens.weight", as_int4(weights["model.embed_tokens.weight"]))
     graph.add_head(_float(weights["head.weight"]), _float(weights["head.bias"]))
-    return with_labels(graph.model(config.head_size), labels, config)
+    return with_metadata(graph.model(config.head_size), labels, config)
 
 
 def _float(weight: NDArray[Any] | Int4Weight) -> NDArray[np.float32]:
@@ -164,6 +164,8 @@ def _stand_in(config: StudentConfig) -> nn.Module:
     for number, module in enumerate(m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"):
         module.weight = nn.Parameter(torch.full((config.hidden_size,), 1.0 + number))
     model.rotary_emb = type(model.rotary_emb)(shape)
+    if config.rope_factors is not None:
+        model.rotary_emb.inv_freq /= torch.tensor(config.rope_factors)
     made: nn.Module = model.eval()
     return made
 

@@ -16,8 +16,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from convert.export.gguf import pre_tokenizer_name, read_gguf, shortest, write_gguf
-from convert.export.onnx_graph import LABELS_KEY, StudentConfig, Weights, build_guard_graph, check_weights
+from convert.export.gguf import GgufStudent, pre_tokenizer_name, read_gguf, shortest, write_gguf
+from convert.export.onnx_graph import (
+    LABELS_KEY,
+    ROPE_FACTORS_KEY,
+    StudentConfig,
+    Weights,
+    build_guard_graph,
+    check_weights,
+)
 from convert.files import write_whole
 from convert.quantize import GROUP_SIZE, Int4Weight
 from edgeguard.errors import EdgeguardError, ParityError
@@ -68,8 +75,7 @@ def read_onnx(path: Path) -> OnnxStudent:
         check_weights(weights, config)
     except ValueError as error:
         raise TranscodeError(f"{path}: no guard of edgeguard: {error}") from error
-    props = {prop.key: prop.value for prop in model.metadata_props}
-    return OnnxStudent(config, weights, tuple(json.loads(props.get(LABELS_KEY, "[]"))))
+    return OnnxStudent(config, weights, tuple(json.loads(parts.props.get(LABELS_KEY, "[]"))))
 
 
 def onnx_to_gguf(
@@ -106,7 +112,7 @@ def onnx_to_gguf(
             about=about,
             bundle=bundle,
         )
-        require_same_weights(read_gguf(target).weights, student.weights, path.name)
+        _require_same(read_gguf(target), student, path.name)
 
     write_whole(path, write)
 
@@ -118,7 +124,7 @@ def gguf_to_onnx(source: Path, path: Path) -> None:
     def write(target: Path) -> None:
         model = build_guard_graph(student.weights, student.config, labels=student.labels)
         target.write_bytes(model.SerializeToString())
-        require_same_weights(read_onnx(target).weights, student.weights, path.name)
+        _require_same(read_onnx(target), student, path.name)
 
     write_whole(path, write)
 
@@ -155,6 +161,12 @@ def require_same_weights(found: Weights, expected: Weights, name: str) -> None:
             raise ParityError(f"{name}: {key} is not what it was made from. Do not use the file.")
 
 
+def _require_same(found: OnnxStudent | GgufStudent, expected: OnnxStudent | GgufStudent, name: str) -> None:
+    if found.config != expected.config:
+        raise ParityError(f"{name}: reads back as {found.config}, made from {expected.config}. Do not use the file.")
+    require_same_weights(found.weights, expected.weights, name)
+
+
 def _same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
@@ -166,12 +178,14 @@ class _Parts:
         self.path = path
         self.initializers: dict[str, onnx.TensorProto] = {t.name: t for t in model.graph.initializer}
         self.nodes = {node.name: node for node in model.graph.node}
+        self.props: dict[str, str] = {prop.key: prop.value for prop in model.metadata_props}
 
     def config(self) -> StudentConfig:
         """The shape, from the shapes of the weights and what the nodes were told."""
         layers = sum(name.endswith(".o.int4") for name in self.initializers)
         last = f"layers.{layers - 1}.attention"
         (vocab, hidden), cos = self._tensor("embedding.int4").dims, self.array("rope_cos")
+        factors = self._rope_factors(cos.shape[1])
         return StudentConfig(
             vocab_size=vocab,
             hidden_size=hidden,
@@ -183,9 +197,10 @@ class _Parts:
             rms_norm_eps=shortest(
                 self._attribute("layers.0.input_norm/SimplifiedLayerNormalization", "epsilon"),
             ),
-            rope_theta=self._theta(cos, self.array("rope_sin")),
+            rope_theta=self._theta(cos, self.array("rope_sin"), factors),
             max_tokens=cos.shape[0],
             head_size=self._tensor("head.bias").dims[0],
+            rope_factors=factors,
         )
 
     def weights(self, config: StudentConfig) -> dict[str, Int4Weight | NDArray[np.float32]]:
@@ -230,17 +245,32 @@ class _Parts:
         packed = np.frombuffer(tensor.raw_data, np.uint8).reshape(rows, width // GROUP_SIZE, -1) ^ np.uint8(0x88)
         return Int4Weight.unpack_matmulnbits(packed, self.array("embedding.scales"))
 
-    def _theta(self, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> float:
+    def _rope_factors(self, steps: int) -> tuple[float, ...] | None:
+        """What the file divides the plain frequencies by, as it states; None where it states nothing."""
+        if ROPE_FACTORS_KEY not in self.props:
+            return None
+        text = self.props[ROPE_FACTORS_KEY]
+        try:
+            factors = tuple(map(float, json.loads(text)))
+        except (ValueError, TypeError) as error:
+            raise TranscodeError(f"{self.path}: {ROPE_FACTORS_KEY} is no list of numbers, found {text!r}.") from error
+        if len(factors) != steps or not all(0 < factor < np.inf for factor in factors):
+            raise TranscodeError(f"{self.path}: expected {steps} numbers above 0 in {ROPE_FACTORS_KEY}, found {text}.")
+        return factors
+
+    def _theta(self, cos: NDArray[np.float32], sin: NDArray[np.float32], factors: tuple[float, ...] | None) -> float:
         """The base of the angles, from the slowest one, checked against the whole table."""
         count, steps = cos.shape
         if count < 2 or steps < 2:
             raise TranscodeError(f"{self.path}: its RoPE table {cos.shape} is too small to tell the base.")
         # At position 1 no angle has gone round; the slowest one there says most about the base.
-        angle = np.arctan2(np.float64(sin[1, -1]), np.float64(cos[1, -1]))
+        scale = np.ones(steps) if factors is None else np.array(factors)
+        angle = np.arctan2(np.float64(sin[1, -1]), np.float64(cos[1, -1])) * scale[-1]
         theta = float(f"{angle ** (-steps / (steps - 1)):.{THETA_DIGITS}g}")
-        angles = np.arange(count)[:, None] / theta ** (np.arange(steps) / steps)
+        angles = np.arange(count)[:, None] / (theta ** (np.arange(steps) / steps) * scale)
         if max(np.abs(np.cos(angles) - cos).max(), np.abs(np.sin(angles) - sin).max()) > ANGLE_TOLERANCE * count:
-            raise TranscodeError(f"{self.path}: its RoPE table is not the plain one of any base; {theta:g} is nearest.")
+            kind = "plain one of any base" if factors is None else f"one of any base with the factors {factors}"
+            raise TranscodeError(f"{self.path}: its RoPE table is not the {kind}; {theta:g} is nearest.")
         return theta
 
     def _tensor(self, name: str) -> onnx.TensorProto:
