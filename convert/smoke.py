@@ -57,11 +57,12 @@ def requests(name: str, count: int, seed: int) -> list[dict[str, Any]]:
     rows = []
     for index in range(count):
         label, verbs = ("safe", SAFE_VERBS) if index % 2 else ("unsafe", UNSAFE_VERBS)
-        text = f"{rng.choice(verbs)} the {rng.choice(THINGS)} {name} {index}"
+        number = 1000 * seed + index  # no two sets share a text
+        text = f"{rng.choice(verbs)} the {rng.choice(THINGS)} number {number}"
         if index % 3:
             rows.append(row(name, index, f"How do I {text}?", label))
         else:
-            rows.append(row(name, index, f"What now, {name} {index}?", label, f"You {text}."))
+            rows.append(row(name, index, f"What now, number {number}?", label, f"You {text}."))
     return rows
 
 
@@ -139,7 +140,7 @@ def write_base(folder: Path, markers: Sequence[str] = CHATML) -> Path:
 
 
 SHORT = {"tokens_per_step": 512, "max_tokens": 48, "evaluate_every": 40, "checkpoint_every": 20, "freeze_layers": 0}
-TRAINING = {**SHORT, "passes": 4.0, "learning_rate": 3e-3, "head_learning_rate": 1e-2, "warmup": 0.1}
+TRAINING = {**SHORT, "passes": 7.0, "learning_rate": 3e-3, "head_learning_rate": 1e-2, "warmup": 0.1}
 
 
 def shrink(recipe: Recipe) -> Recipe:

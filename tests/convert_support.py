@@ -33,7 +33,7 @@ lora = {{ rank = 8, alpha = 16, dropout = 0.0 }}
 freeze_layers = 0
 max_tokens = 48
 tokens_per_step = 512
-passes = 5.0
+passes = 7.0
 learning_rate = 5e-3
 head_learning_rate = 1e-2
 warmup = 0.1
@@ -61,7 +61,7 @@ max_tokens = 64
 [train]
 max_tokens = 48
 tokens_per_step = 512
-passes = 4.0
+passes = 7.0
 learning_rate = 3e-3
 head_learning_rate = 1e-2
 warmup = 0.1
