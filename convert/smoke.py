@@ -32,7 +32,7 @@ THINGS = tuple(
 ENTRY = {
     "commercial": "yes",
     "license": "CC0-1.0",
-    "labels_by": "construction",
+    "labels_by": "human",
     "rule": "made for a test",
     "source": "example/rows@0:rows.jsonl",
 }
@@ -188,4 +188,8 @@ def shrink(recipe: Recipe) -> Recipe:
         raise RecipeError(f"--smoke has no small stand-in for a teacher of kind {recipe.teacher['kind']!r}.")
     if recipe.distill:
         changes["distill"] = {**recipe.distill, "unlabelled": {"tiny_unlabelled": 40}, "judged": 400}
+    if recipe.teacher.get("kind") == "transformers":
+        # A random judge knows nothing: the labels teach, so that there is something to calibrate and to compare.
+        changes["distill"]["label_weight"] = 20.0
+        changes["evaluate"]["teacher_sets"] = []
     return replace(recipe, **changes, build=folder / "build", models=folder / "models")

@@ -220,6 +220,7 @@ def student(recipe: Recipe) -> Path:
         by_importance = table.get("choose_layers", "lowest") == "importance"
         ids = {label: target_token(source, text) for label, text in table.get("target_tokens", {}).items()}
         made = Student.from_base(source, None if by_importance else table["layers"], HEAD, ids)
+        made.onnx_config(table["max_tokens"])  # a shape that no container can hold is refused before training
         if by_importance or "intermediate_size" in table:
             rows = _examples(recipe, "train", table["max_tokens"], source)[: table["samples"]]
             calibration = [batch for _, batch in batches(rows, SAMPLE_TOKENS, text_side(source)[0].pad_id)]
