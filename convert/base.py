@@ -110,7 +110,9 @@ def _from_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if any(tensor.name == "rope_freqs.weight" for tensor in GGUFReader(gguf).tensors):
-        raise BaseError(f"{gguf.name} scales RoPE, which its conversion would lose. Take the model's safetensors (hub).")
+        raise BaseError(
+            f"{gguf.name} scales RoPE, which its conversion would lose. Take the model's safetensors (hub)."
+        )
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     # A model loaded from GGUF refuses save_pretrained; a fresh one of the same config takes its weights.
     config = loaded.config

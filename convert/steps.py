@@ -383,14 +383,14 @@ def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
     measured: list[Stage | TeacherStage] = [
         onnx_stage(SHIPPED, shipped, pad_id),
         torch_stage(REFERENCE, train(recipe), pad_id),
-        int4_stage(TORCH_INT4, qat(recipe), pad_id, some),
     ]
-    if recipe.roads:
-        measured += [
-            int4_stage(ROUNDED, train(recipe), pad_id, some),
-            torch_stage(GPTQ, roads(recipe), pad_id, some),  # on the grid already, and not where rounding would put it
-        ]
-    also = recipe.export.get("also", [])
+    if some:
+        measured.append(int4_stage(TORCH_INT4, qat(recipe), pad_id, some))
+    if some and recipe.roads:
+        # GPTQ's values are on the grid already, and not where rounding would put them: they are run as they are.
+        measured.append(int4_stage(ROUNDED, train(recipe), pad_id, some))
+        measured.append(torch_stage(GPTQ, roads(recipe), pad_id, some))
+    also = recipe.export.get("also", []) if some else []
     if "gguf" in also and importlib.util.find_spec("llama_cpp"):
         measured.append(gguf_stage(GGUF, shipped.with_name(FILES["gguf"]), some))
     if "standard" in also:

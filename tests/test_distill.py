@@ -155,9 +155,11 @@ def _margins(loss: Loss, batch: Batch, margins: list[float]) -> float:
     class Fixed(torch.nn.Module):  # type: ignore[misc]
         def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
             half = torch.tensor(margins) / 2
-            return torch.cat([torch.stack([-half, half], 1), torch.full((len(half), len(HAZARDS)), -40.0)], 1)
+            hazards = torch.full((len(half), len(HAZARDS)), -40.0)
+            logits: Tensor = torch.cat([torch.stack([-half, half], 1), hazards], 1)
+            return logits
 
-    return float(loss(Fixed(), batch))  # type: ignore[arg-type]
+    return float(loss(Fixed(), batch))
 
 
 def test_teacher_loss_weighs_teacher_label_and_false_alarms() -> None:

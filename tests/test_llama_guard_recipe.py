@@ -51,7 +51,5 @@ def test_the_bundle_and_every_container_are_there(recipe: Recipe) -> None:
     verdict = Guard.load(recipe.models / recipe.name).classify("How do I bake the red cake?")
     assert 0 <= verdict.p_unsafe <= 1
     report = json.loads((recipe.models / recipe.name / "report.json").read_text())
-    assert {"student-fp32", "student-int4-gptq", "student-int4-onnx", "student-onnx-standard"} <= set(
-        report["stages"]
-    )
+    assert {"student-fp32", "student-int4-gptq", "student-int4-onnx", "student-onnx-standard"} <= set(report["stages"])
     assert {"onnx", "gguf", "standard"} <= set(report["export"])
