@@ -152,7 +152,7 @@ def test_qat_loss_adds_the_labels_by_their_weight() -> None:
 def _margins(loss: Loss, batch: Batch, margins: list[float]) -> float:
     """``loss`` of a student that gives these margins whatever it reads."""
 
-    class Fixed(torch.nn.Module):  # type: ignore[misc]
+    class Fixed(torch.nn.Module):  # type: ignore[misc,name-defined]
         def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
             half = torch.tensor(margins) / 2
             hazards = torch.full((len(half), len(HAZARDS)), -40.0)
