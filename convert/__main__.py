@@ -18,8 +18,9 @@ from edgeguard.errors import EdgeguardError
 def main() -> None:
     r"""Make a guard: a small INT4 student from a teacher, base weights and labelled sets.
 
-    Steps, in order: base, corpus, teacher, label, student, train, qat, export, evaluate, package; `run` does them all.
-    Each keeps its result in build/NAME and is skipped when that is there; an interrupted step goes on where it was.
+    Steps, in order: base, corpus, teacher, label, student, train, qat, roads, export, evaluate, package; `run` does
+    them all. Each keeps its result in build/RECIPE and is skipped when that is there; an interrupted step goes on
+    where it was.
 
     \b
     python -m convert run recipes/mini.toml          makes models/edgeguard-mini
@@ -33,7 +34,7 @@ def main() -> None:
 def _step(name: str, help_text: str) -> None:
     @main.command(name, help=help_text)
     @click.argument("recipe", type=click.Path(path_type=Path))
-    @click.option("--build", type=click.Path(file_okay=False, path_type=Path), help="Working folder [build/NAME].")
+    @click.option("--build", type=click.Path(file_okay=False, path_type=Path), help="Working folder [build/RECIPE].")
     @click.option("--models", type=click.Path(file_okay=False, path_type=Path), help="Where the bundle goes [models/].")
     @click.option("--data", type=click.Path(exists=True, file_okay=False), help=f"Labelled sets [${DATA_VARIABLE}].")
     @click.option("--smoke", is_flag=True, help="Try the chain: tiny random base, made-up rows.")

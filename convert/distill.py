@@ -78,15 +78,16 @@ def teacher_loss(*, temperature: float, label_weight: float, hazard_weight: floa
         margin = logits[:, 1] - logits[:, 0]
         wanted = torch.sigmoid(batch.teacher / temperature)
         told = nn.functional.binary_cross_entropy_with_logits(margin / temperature, wanted, reduction="none")
-        entropy = nn.functional.binary_cross_entropy(wanted, wanted, reduction="none")
+        entropy = nn.functional.binary_cross_entropy_with_logits(batch.teacher / temperature, wanted, reduction="none")
         unsafe = batch.unsafe.float()
         label = nn.functional.binary_cross_entropy_with_logits(margin, unsafe, reduction="none")
-        share = torch.where(batch.taught > 0, label_weight * batch.trusted, torch.ones_like(label))
+        counts = torch.where(batch.taught > 0, batch.trusted, torch.ones_like(label))  # does the row's own label?
+        share = torch.where(batch.taught > 0, label_weight * counts, counts)
         rows = (
             batch.taught * temperature**2 * (told - entropy)
             + share * label
             + hazard_weight * (_hazard_loss(logits[:, 2:], batch) + _taught_hazard_loss(logits[:, 2:], batch))
-            + benign_weight * (1 - unsafe) * margin.sigmoid()
+            + benign_weight * counts * (1 - unsafe) * margin.sigmoid()
         )
         mean: Tensor = (rows * batch.weight).sum() / batch.weight.sum()
         return mean

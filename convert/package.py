@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.files import read_json
 from convert.recipe import Recipe
 from convert.student import HEAD
 from edgeguard.bundle import sha256_of
@@ -16,9 +15,8 @@ from edgeguard.errors import EdgeguardError
 from edgeguard.manifest import FORMAT, FORMAT_VERSION
 from edgeguard.prompt import Template
 
-__all__ = ["LARGEST_BUNDLE_BYTES", "SELF_TEST_TEXTS", "make_manifest", "put_in_place"]
+__all__ = ["SELF_TEST_TEXTS", "make_manifest", "put_in_place"]
 
-LARGEST_BUNDLE_BYTES = 60_000_000
 # Margins of other processors' kernels differ by a few hundredths; a damaged model's by whole units.
 SELF_TEST_TOLERANCE = 0.5
 SELF_TEST_TEXTS: tuple[tuple[str, str | None], ...] = (
@@ -34,7 +32,14 @@ class PackageError(EdgeguardError):
 
 
 def make_manifest(
-    recipe: Recipe, template: Template, fitted: Mapping[str, Any], folder: Path, vectors: Sequence[Mapping[str, Any]]
+    recipe: Recipe,
+    template: Template,
+    fitted: Mapping[str, Any],
+    folder: Path,
+    vectors: Sequence[Mapping[str, Any]],
+    *,
+    teacher: str | None,
+    data_sha256: str,
 ) -> dict[str, Any]:
     """The manifest of the files in ``folder`` (``model.onnx``, ``tokenizer.json``)."""
     engines = {"model.onnx": "onnx", "tokenizer.json": None}
@@ -49,7 +54,7 @@ def make_manifest(
         "version": recipe.version,
         "license": recipe.license,
         "base_model": recipe.base["model"],
-        "teacher": None,
+        "teacher": teacher,
         "languages": recipe.languages,
         "max_tokens": recipe.student["max_tokens"],
         "template": template.to_dict(),
@@ -67,14 +72,10 @@ def make_manifest(
         "provenance": {
             "recipe": f"convert/recipes/{recipe.path.name}",
             "recipe_sha256": recipe.sha256,
-            "data_sha256": _data_sha256(recipe),
+            "data_sha256": data_sha256,
             "commit": _commit(),
         },
     }
-
-
-def _data_sha256(recipe: Recipe) -> str:
-    return str(read_json(recipe.build / "data_manifest.json")["sha256"])
 
 
 def _commit() -> str | None:
@@ -82,13 +83,16 @@ def _commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def put_in_place(staged: Path, target: Path) -> None:
-    """Check the finished folder with the runtime itself, then replace ``target`` by it. Raises PackageError."""
+def put_in_place(staged: Path, target: Path, max_bytes: int | None = None) -> None:
+    """Check the finished folder with the runtime itself, then replace ``target`` by it.
+
+    Raises PackageError when it is larger than ``max_bytes``.
+    """
     from edgeguard import Guard
 
     size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
-    if size > LARGEST_BUNDLE_BYTES:
-        raise PackageError(f"{staged.name}: {size} bytes, more than the {LARGEST_BUNDLE_BYTES} a bundle may have.")
+    if max_bytes is not None and size > max_bytes:
+        raise PackageError(f"{staged.name}: {size} bytes, more than the {max_bytes} that [export] max_bytes allows.")
     Guard.load(staged)
     aside = target.with_name(f".{target.name}.old")
     shutil.rmtree(aside, ignore_errors=True)

@@ -76,7 +76,7 @@ def load_recipe(path: Path, build: Path | None = None, models: Path | None = Non
             data[table] = _parse(found.with_name(data[table]["like"]))[table]
     if data["distill"] and not data["teacher"]:
         raise RecipeError(f"{found.name}: [distill] needs a [teacher].")
-    folder = build or HERE.parent / "build" / data["name"]
+    folder = build or HERE.parent / "build" / found.stem
     return Recipe(**data, path=found, sha256=sha256_of(found), build=folder, models=models or HERE.parent / "models")
 
 

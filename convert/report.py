@@ -104,6 +104,12 @@ def _points_table(manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _kept_layers(recipe: Recipe) -> str:
+    if recipe.student.get("choose_layers") == "importance":
+        return f"its {recipe.student['layers']} layers that change their input most"
+    return f"its first {recipe.student['layers']} layers"
+
+
 def model_card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """The card, in Markdown."""
     size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
@@ -113,7 +119,7 @@ def model_card(recipe: Recipe, manifest: Mapping[str, Any], report: Mapping[str,
 A safety guard of {size:.1f} MB: reads a prompt, or a response with the prompt before it, in one forward pass and
 returns the probability that it is unsafe and one per MLCommons hazard (S1..S14).
 
-- **Base:** {recipe.base["model"]}, its first {recipe.student["layers"]} layers.
+- **Base:** {recipe.base["model"]}, {_kept_layers(recipe)}.
 - **Head:** {len(manifest["head"])} rows, read at the last token.
 - **Weights:** INT4, symmetric [-8, 7], groups of 32, embedding included; quantization-aware training.
 - **Licence:** {recipe.license}.

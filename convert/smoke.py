@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -150,6 +151,7 @@ def shrink(recipe: Recipe) -> Recipe:
     cannot be made small: raises RecipeError.
     """
     folder = recipe.build / "smoke"
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier one would be found made, and show nothing
     os.environ[DATA_VARIABLE] = str(write_data(folder / "data"))
     markers = LLAMA_3 if "Llama" in recipe.base["model"] else CHATML
     base = {"model": "smoke/tiny", "folder": str(write_base(folder / "base", markers))}

@@ -6,7 +6,7 @@ import gzip
 import importlib.util
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,15 +60,19 @@ __all__ = [
 ORDER = ("base", "corpus", "teacher", "label", "student", "train", "qat", "roads", "export", "evaluate", "package")
 
 
+TEACHER_BASE = "teacher_base"
 SAMPLE_TOKENS = 4096  # of one batch that pruning looks at
 
 
-def _made(result: Path, inputs: dict[str, Any]) -> bool:
-    """Whether ``result`` is there; its inputs are kept beside it. Raises RecipeError when it was made from others."""
-    record = result.with_name(f"{result.name}.inputs.json")
+def _made(result: Path, inputs: dict[str, Any], folder: Path) -> bool:
+    """Whether ``result`` is there. What it is made from is kept in ``folder`` beside everything else of the step.
+
+    Raises RecipeError when something in the folder, a checkpoint for one, was made from other settings.
+    """
+    record = folder / "inputs.json"
     inputs = json.loads(json.dumps(inputs))
     if record.is_file() and read_json(record) != inputs:
-        raise RecipeError(f"{result} was made from other settings than the recipe has now. Remove it, or pass --build.")
+        raise RecipeError(f"{folder} was made from other settings than the recipe has now. Remove it, or pass --build.")
     if not record.is_file():
         write_json(record, inputs)
     return result.exists()
@@ -81,13 +85,14 @@ def base(recipe: Recipe) -> Path:
 
 def corpus(recipe: Recipe) -> Path:
     """Step ``corpus``: ``mix.jsonl.gz`` and ``data_manifest.json``."""
-    path = recipe.build / "mix.jsonl.gz"
-    if not _made(path, {"corpus": recipe.corpus}):
+    folder = recipe.build / "corpus"
+    path = folder / "mix.jsonl.gz"
+    if not _made(path, {"corpus": recipe.corpus}, folder):
         keys = leak_keys(recipe.evaluate["sets"])
         sets, constructed = recipe.corpus["sets"], recipe.corpus["constructed"]
         mix = build_mix(sets, constructed, seed=recipe.corpus["seed"], keys=keys)
         lines = [json.dumps({**asdict(m.row), "split": m.split, "weight": m.weight}) for m in mix.rows]
-        write_json(recipe.build / "data_manifest.json", mix.manifest)
+        write_json(folder / "data_manifest.json", mix.manifest)
         write_whole(path, lambda p: p.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode())))
     return path
 
@@ -113,7 +118,9 @@ def trimmed_base(recipe: Recipe) -> Path:
         return base(recipe)
     folder = recipe.build / "trimmed"
     record = folder / "trimmed.json"
-    if not _made(record, {"base": recipe.base, "trim_min_count": least, "data": _data_sha256(recipe)}):
+    inputs = {"base": recipe.base, "trim_min_count": least, "data": _data_sha256(recipe)}
+    inputs["target_tokens"] = recipe.student.get("target_tokens")
+    if not _made(record, inputs, folder):
         texts = [text for m in read_mix(recipe) if m.split == "train" for _, text in m.row.messages()]
         texts += [text for text in recipe.student.get("target_tokens", {}).values() for _ in range(least)]
         write_json(record, trim_base(base(recipe), folder, texts, min_count=least))
@@ -132,8 +139,8 @@ def _data_sha256(recipe: Recipe) -> str:
     return str(read_json(corpus(recipe).with_name("data_manifest.json"))["sha256"])
 
 
-def _examples(recipe: Recipe, split: str, max_tokens: int, source: Path) -> list[Example]:
-    """The rows of a split, encoded for the base in ``source``; for training also what the teacher says of rows."""
+def _examples(recipe: Recipe, split: str, max_tokens: int, source: Path, *, taught: bool = True) -> list[Example]:
+    """The rows of a split, encoded for the base in ``source``; ``taught``: training rows with the teacher's scores."""
     from convert.batches import encode_rows
     from convert.teachers.score_file import read_scores
 
@@ -141,7 +148,7 @@ def _examples(recipe: Recipe, split: str, max_tokens: int, source: Path) -> list
     rows, weights, scores = [m.row for m in mixed], [m.weight for m in mixed], {}
     if split == "train":
         keys = leak_keys(recipe.evaluate["sets"])
-        if recipe.distill and source != recipe.build / "teacher" / "base":
+        if recipe.distill and taught:
             scores = read_scores(label(recipe))
             judged = unlabelled_rows(recipe.distill["unlabelled"], recipe.corpus["seed"], keys)
             rows += (judged := [row for row in judged if row.id in scores])
@@ -159,33 +166,54 @@ def teacher(recipe: Recipe) -> Path:
     folder, table = recipe.build / "teacher", recipe.teacher
     if table.get("kind") != "trained":
         return folder
-    source = fetch_base(table["base"], folder / "base")
+    source = fetch_base(table["base"], recipe.build / TEACHER_BASE)
     done = folder / "final" / "teacher.json"
     settings = {name: table[name] for name in ("base", "layers", "train")}
-    if not _made(done, {**settings, "data": _data_sha256(recipe)}):
+    if not _made(done, {**settings, "data": _data_sha256(recipe)}, folder):
         student = Student.from_base(source, table["layers"])
         add_adapter(student, table["train"]["lora"], table["train"]["freeze_layers"])
         loss = label_loss(table["train"]["hazard_weight"])
-        _run(recipe, table["train"], student, loss, folder, source)
+        _run(recipe, table["train"], student, loss, folder, source, taught=False)
         save_adapter(student, done.parent)
     return done.parent
 
 
 def label(recipe: Recipe) -> Path:
     """Step ``label``: the teacher's scores of the rows that the student learns from; one file, which grows."""
-    from convert.teachers.score_file import label_rows, read_scores
+    from convert.teachers.score_file import read_scores
 
     if recipe.teacher.get("kind") == "scores":
         path = Path(recipe.teacher["file"])
         read_scores(path)
         return path
-    path = recipe.build / "teacher" / "scores.jsonl"
-    if recipe.teacher and not _made(
-        path.with_name("scores.done"), {"judged": recipe.distill, "data": _data_sha256(recipe)}
-    ):
-        label_rows(_load_teacher(recipe), rows_to_judge(recipe), path)
-        write_json(path.with_name("scores.done"), {})
+    path = recipe.build / "scores.jsonl"
+    if recipe.distill:
+        asked = {name: recipe.distill[name] for name in ("unlabelled", "judged")}
+        _judge(recipe, lambda: rows_to_judge(recipe), path, {**asked, "data": _data_sha256(recipe)})
     return path
+
+
+def _judge(recipe: Recipe, rows: Callable[[], list[Row]], path: Path, asked: dict[str, Any]) -> None:
+    """Let the teacher score rows into ``path``, unless all that ``asked`` stands for is there from the same teacher.
+
+    Another teacher's scores are refused; more rows of the same one join those that are there.
+    """
+    from convert.teachers.score_file import label_rows
+
+    done = path.with_suffix(".done.json")
+    wanted: dict[str, Any] = {"asked": asked, "teacher": recipe.teacher}
+    if recipe.teacher["kind"] == "trained":
+        names = ("adapter/adapter_model.safetensors", "head.safetensors")
+        wanted["weights"] = [sha256_of(teacher(recipe) / name) for name in names]
+    wanted = json.loads(json.dumps(wanted))
+    if not (path.is_file() and done.is_file() and read_json(done) == wanted):
+        label_rows(_load_teacher(recipe), rows(), path)
+        write_json(done, wanted)
+
+
+def _spread(examples: list[Example], count: int) -> list[Example]:
+    """About ``count`` examples from all over the mix, whose sets follow one another."""
+    return examples[:: max(1, len(examples) // count)]
 
 
 def rows_to_judge(recipe: Recipe) -> list[Row]:
@@ -204,7 +232,7 @@ def _load_teacher(recipe: Recipe) -> Teacher:
     if recipe.teacher["kind"] != "trained":
         return load_teacher(recipe.teacher, recipe.build / "teacher")
     final = teacher(recipe)
-    source = recipe.build / "teacher" / "base"
+    source = recipe.build / TEACHER_BASE
     return TrainedTeacher(source, final, *text_side(source), recipe.teacher["max_tokens"])
 
 
@@ -216,13 +244,14 @@ def student(recipe: Recipe) -> Path:
 
     folder, table = recipe.build / "student", recipe.student
     source = trimmed_base(recipe)
-    if not _made(folder / "student.safetensors", {"student": table, "base": recipe.base, "data": _data_sha256(recipe)}):
+    inputs = {"student": table, "base": recipe.base, "data": _data_sha256(recipe)}
+    if not _made(folder / "student.safetensors", inputs, folder):
         by_importance = table.get("choose_layers", "lowest") == "importance"
         ids = {label: target_token(source, text) for label, text in table.get("target_tokens", {}).items()}
         made = Student.from_base(source, None if by_importance else table["layers"], HEAD, ids)
         made.onnx_config(table["max_tokens"])  # a shape that no container can hold is refused before training
         if by_importance or "intermediate_size" in table:
-            rows = _examples(recipe, "train", table["max_tokens"], source)[: table["samples"]]
+            rows = _spread(_examples(recipe, "train", table["max_tokens"], source, taught=False), table["samples"])
             calibration = [batch for _, batch in batches(rows, SAMPLE_TOKENS, text_side(source)[0].pad_id)]
         if by_importance:
             importance = block_importance(made, calibration)
@@ -244,7 +273,7 @@ def train(recipe: Recipe) -> Path:
     inputs["student_sha256"] = sha256_of(student(recipe) / "student.safetensors")
     if recipe.distill:
         inputs["scores_sha256"] = sha256_of(label(recipe))
-    if not _made(folder / "final" / "student.safetensors", inputs):
+    if not _made(folder / "final" / "student.safetensors", inputs, folder):
         pupil = Student.load(student(recipe))
         if "lora" in table:
             add_adapter(pupil, table["lora"], table["freeze_layers"])
@@ -267,7 +296,7 @@ def qat(recipe: Recipe) -> Path:
 
     folder = recipe.build / "qat"
     source = sha256_of(train(recipe) / "student.safetensors")
-    if not _made(folder / "final" / "student.safetensors", {"qat": recipe.qat, "student_sha256": source}):
+    if not _made(folder / "final" / "student.safetensors", {"qat": recipe.qat, "student_sha256": source}, folder):
         target, pupil = Student.load(train(recipe)), Student.load(train(recipe))
         enable_qat(pupil.model)
         table = {
@@ -286,13 +315,22 @@ def qat(recipe: Recipe) -> Path:
     return folder / "final"
 
 
-def _run(recipe: Recipe, table: dict[str, Any], student: Student, loss: Loss, folder: Path, source: Path) -> None:
+def _run(
+    recipe: Recipe,
+    table: dict[str, Any],
+    student: Student,
+    loss: Loss,
+    folder: Path,
+    source: Path,
+    *,
+    taught: bool = True,
+) -> None:
     """Train a student of the base in ``source`` with a recipe's table of settings; the run is kept in ``folder``."""
     from convert.distill import Settings, Trainer
 
     names = {f.name for f in fields(Settings)}
     settings = Settings(**{name: value for name, value in table.items() if name in names})
-    train_rows = _examples(recipe, "train", table["max_tokens"], source)
+    train_rows = _examples(recipe, "train", table["max_tokens"], source, taught=taught)
     validation = _examples(recipe, "validation", table["max_tokens"], source)
     Trainer(student, loss, train_rows, validation, text_side(source)[0].pad_id, settings, folder).run()
 
@@ -306,8 +344,8 @@ def roads(recipe: Recipe) -> Path:
     folder = recipe.build / "gptq"
     source = trimmed_base(recipe)
     inputs = {"roads": recipe.roads, "student_sha256": sha256_of(train(recipe) / "student.safetensors")}
-    if recipe.roads and not _made(folder / "student.safetensors", inputs):
-        rows = _examples(recipe, "train", recipe.train["max_tokens"], source)[:: recipe.roads["every"]]
+    if recipe.roads and not _made(folder / "student.safetensors", inputs, folder):
+        rows = _examples(recipe, "train", recipe.train["max_tokens"], source, taught=False)[:: recipe.roads["every"]]
         sample = [batch for _, batch in batches(rows, SAMPLE_TOKENS, text_side(source)[0].pad_id)]
         rounded = Student.load(train(recipe))
         load_int4(rounded, gptq(rounded, sample)).save(folder)
@@ -322,12 +360,12 @@ def export(recipe: Recipe) -> Path:
     path = recipe.build / "export" / "model.onnx"
     source, folder = qat(recipe) / "student.safetensors", trimmed_base(recipe)
     record = path.with_name("parity.json")
-    if not _made(record, {"student_sha256": sha256_of(source), "export": recipe.export}):
+    if not _made(record, {"student_sha256": sha256_of(source), "export": recipe.export}, path.parent):
         template, tokenizer = text_side(folder)
         max_tokens = recipe.student["max_tokens"]
         figures = export_containers(
             Student.load(source.parent),
-            _examples(recipe, "validation", max_tokens, folder)[: recipe.export["samples"]],
+            _spread(_examples(recipe, "validation", max_tokens, folder), recipe.export["samples"]),
             path.parent,
             pad_id=template.pad_id,
             max_tokens=max_tokens,
@@ -360,15 +398,12 @@ def calibration_rows(recipe: Recipe) -> list[Row]:
 
 def judge_tests(recipe: Recipe) -> Path:
     """The teacher's scores of the calibration split and of the test sets that it is measured on."""
-    from convert.teachers.score_file import label_rows
-
-    path = recipe.build / "teacher" / "tests.jsonl"
+    if recipe.teacher["kind"] == "scores":
+        return label(recipe)
+    path = recipe.build / "scores_of_tests.jsonl"
     tests = evaluation_rows(recipe)
     rows = [*calibration_rows(recipe), *(row for name in recipe.evaluate["teacher_sets"] for row in tests[name])]
-    done = path.with_name("tests.done")
-    if not _made(done, {"teacher": recipe.teacher, "rows": [row.id for row in rows]}):
-        label_rows(_load_teacher(recipe), rows, path)
-        write_json(done, {})
+    _judge(recipe, lambda: rows, path, {"rows": [row.id for row in rows]})
     return path
 
 
@@ -435,6 +470,8 @@ def evaluate(recipe: Recipe) -> Path:
     from convert.report import record_markdown
 
     tests, held_back = evaluation_rows(recipe), calibration_rows(recipe)
+    # A test set may have been named after training.
+    check_no_test_rows((m.row for m in read_mix(recipe)), leak_keys(recipe.evaluate["sets"]))
     report, shipped = measure(recipe, tests, held_back)
     folder = recipe.build / "evaluate"
     folder.mkdir(exist_ok=True)
@@ -461,8 +498,16 @@ def package(recipe: Recipe) -> Path:
     shipped = report["stages"][SHIPPED]
     fitted = {name: shipped[name] for name in ("calibration", "operating_points")}
     vectors = [_vector(recipe, prompt, response) for prompt, response in SELF_TEST_TEXTS]
-    manifest = make_manifest(recipe, text_side(trimmed_base(recipe))[0], fitted, staged, vectors)
-    data = read_json(recipe.build / "data_manifest.json")
+    manifest = make_manifest(
+        recipe,
+        text_side(trimmed_base(recipe))[0],
+        fitted,
+        staged,
+        vectors,
+        teacher=_teacher_name(recipe),
+        data_sha256=_data_sha256(recipe),
+    )
+    data = _with_unlabelled(recipe, read_json(corpus(recipe).with_name("data_manifest.json")))
     write_json(staged / "manifest.json", manifest)
     write_json(staged / "data_manifest.json", data)
     for record in ("RECORD.md", "record.png", "curves.png", "reliability.png"):
@@ -472,8 +517,34 @@ def package(recipe: Recipe) -> Path:
         shutil.copy(recipe.build / run / "log.jsonl", staged / f"{run}_log.jsonl")
     shutil.copy(report_path, staged / "report.json")
     (staged / "MODEL_CARD.md").write_text(model_card(recipe, manifest, report, data), encoding="utf-8")
-    put_in_place(staged, recipe.models / recipe.name)
+    put_in_place(staged, recipe.models / recipe.name, recipe.export.get("max_bytes"))
     return recipe.models / recipe.name
+
+
+def _teacher_name(recipe: Recipe) -> str | None:
+    """What the student learned from beside labels: the teacher's model, and its weights as its scores name them."""
+    from convert.teachers.score_file import read_scores
+
+    if not recipe.distill:
+        return None
+    scored = next(iter(read_scores(label(recipe)).values())).teacher
+    model = recipe.teacher.get("base", recipe.teacher).get("model")
+    return f"{model}, {scored}" if model and model not in scored else scored
+
+
+def _with_unlabelled(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The data manifest with the sets that only the teacher labelled."""
+    if recipe.distill:
+        rows = unlabelled_rows(recipe.distill["unlabelled"], recipe.corpus["seed"], leak_keys(recipe.evaluate["sets"]))
+        manifest["unlabelled"] = {
+            name: {
+                "rows": sum(row.set == name for row in rows),
+                "license": get_set(name).license,
+                "source": get_set(name).source,
+            }
+            for name in recipe.distill["unlabelled"]
+        }
+    return manifest
 
 
 def _vector(recipe: Recipe, prompt: str, response: str | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convert.files import read_json, write_json, write_whole
+from edgeguard.errors import EdgeguardError
 from edgeguard.taxonomy import HAZARDS
 
 if TYPE_CHECKING:
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
     from convert.export.onnx_graph import StudentConfig
 
-__all__ = ["HEAD", "Student", "best_device"]
+__all__ = ["HEAD", "Student", "StudentError", "best_device"]
+
+
+class StudentError(EdgeguardError):
+    """A base that no student can be made of."""
+
 
 HEAD = ("safe", "unsafe", *HAZARDS)
 
@@ -90,9 +96,15 @@ class Student(nn.Module):
         return {name: tensor.detach().float().numpy() for name, tensor in self.state_dict().items()}
 
     def onnx_config(self, max_tokens: int) -> StudentConfig:
-        """The shape that every container is built from. Raises RopeError for RoPE scaling that they cannot hold."""
+        """The shape that every container is built from.
+
+        Raises RopeError for RoPE scaling that they cannot hold, StudentError for a body that is no Llama.
+        """
         from convert.export.onnx_graph import StudentConfig
         from convert.export.rope import rope_factors
+
+        if self.model.config.model_type != "llama":
+            raise StudentError(f"a student is exported as a Llama, this base is a {self.model.config.model_type}.")
 
         config = self.model.config
         return StudentConfig(

@@ -30,7 +30,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def test_the_teacher_is_the_judge_read_as_llama_guard_is(recipe: Recipe) -> None:
-    scores = read_scores(recipe.build / "teacher" / "scores.jsonl")
+    scores = read_scores(recipe.build / "scores.jsonl")
     assert len(scores) == recipe.distill["judged"]
     assert all(len(score.hazards) == 14 for score in scores.values())
     assert len({round(score.margin, 3) for score in scores.values()}) > 100
