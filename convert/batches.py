@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Example", "batches", "encode_rows", "training_batches"]
 
 POOL_BATCHES = 40
+UNKNOWN = -1.0  # of a hazard that the teacher does not know
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def encode_rows(
                 known,
                 weight=weights[i] if weights else 1.0,
                 teacher=score.margin if score else None,
-                teacher_hazards=tuple(score.hazards.get(code, 0.0) for code in HAZARDS)
+                teacher_hazards=tuple(score.hazards.get(code, UNKNOWN) for code in HAZARDS)
                 if score and score.hazards
                 else (),
                 trusted=row.label is not None and not is_noisy(row),

@@ -114,8 +114,10 @@ def _hazard_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 def _taught_hazard_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Per row: the cross entropy to the teacher's hazards, where the row's own are unknown."""
-    told = nn.functional.binary_cross_entropy_with_logits(logits, batch.teacher_hazards, reduction="none").sum(1)
-    return told * batch.hazards_taught * (1 - batch.hazards_known)
+    known = batch.teacher_hazards >= 0
+    wanted = batch.teacher_hazards.clamp(min=0)
+    told = nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    return (told * known).sum(1) * batch.hazards_taught * (1 - batch.hazards_known)
 
 
 def qat_loss(target: Student, *, hidden_weight: float, label_weight: float, hazard_weight: float) -> Loss:

@@ -23,6 +23,7 @@ from convert.corpora.mix import (
     held_out_rows,
     is_noisy,
     leak_keys,
+    row_keys,
     shuffled_by_text,
     unlabelled_rows,
 )
@@ -150,7 +151,7 @@ def _examples(recipe: Recipe, split: str, max_tokens: int, source: Path, *, taug
         keys = leak_keys(recipe.evaluate["sets"])
         if recipe.distill and taught:
             scores = read_scores(label(recipe))
-            judged = unlabelled_rows(recipe.distill["unlabelled"], recipe.corpus["seed"], keys)
+            judged = _unlabelled(recipe)
             rows += (judged := [row for row in judged if row.id in scores])
             weights += [recipe.distill["unlabelled_weight"]] * len(judged)
         check_no_test_rows(rows, keys)
@@ -218,10 +219,17 @@ def _spread(examples: list[Example], count: int) -> list[Example]:
 
 def rows_to_judge(recipe: Recipe) -> list[Row]:
     """At most ``judged`` rows, shuffled: those without a label, those labelled by construction, then the others."""
-    rows = unlabelled_rows(recipe.distill["unlabelled"], recipe.corpus["seed"], leak_keys(recipe.evaluate["sets"]))
+    rows = _unlabelled(recipe)
     mixed = shuffled_by_text([m.row for m in read_mix(recipe) if m.split == "train"], recipe.corpus["seed"])
     noisy = [row for row in mixed if is_noisy(row)]
     return [*rows, *noisy, *(row for row in mixed if not is_noisy(row))][: recipe.distill["judged"]]
+
+
+def _unlabelled(recipe: Recipe) -> list[Row]:
+    """The rows that only the teacher labels; none shares a text with a row that has a label, or with a test."""
+    known = leak_keys(recipe.evaluate["sets"])
+    known.update(*(row_keys(row) for row in [*(m.row for m in read_mix(recipe)), *calibration_rows(recipe)]))
+    return unlabelled_rows(recipe.distill["unlabelled"], recipe.corpus["seed"], known)
 
 
 def _load_teacher(recipe: Recipe) -> Teacher:
@@ -387,12 +395,13 @@ def evaluation_rows(recipe: Recipe) -> dict[str, list[Row]]:
 
 
 def calibration_rows(recipe: Recipe) -> list[Row]:
-    """The split put aside before training, and the calibration sets that the recipe names."""
+    """The split put aside before training, and the recipe's calibration sets, clear of the tests' texts."""
+    tests = leak_keys(recipe.evaluate["sets"])
     rows = [m.row for m in read_mix(recipe) if m.split == "calibration"]
     for name in recipe.calibrate["sets"]:
         if get_set(name).role != "calibration":
             raise CorpusError(f"{name}: role {get_set(name).role}; only calibration sets may be named in [calibrate].")
-        rows += [row for row in read_set(name) if row.label]
+        rows += [row for row in read_set(name) if row.label and tests.isdisjoint(row_keys(row))]
     return rows
 
 
@@ -535,7 +544,7 @@ def _teacher_name(recipe: Recipe) -> str | None:
 def _with_unlabelled(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
     """The data manifest with the sets that only the teacher labelled."""
     if recipe.distill:
-        rows = unlabelled_rows(recipe.distill["unlabelled"], recipe.corpus["seed"], leak_keys(recipe.evaluate["sets"]))
+        rows = _unlabelled(recipe)
         manifest["unlabelled"] = {
             name: {
                 "rows": sum(row.set == name for row in rows),

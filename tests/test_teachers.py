@@ -103,7 +103,7 @@ def plain_judgement(judge: Judge, row: Row) -> Judgement:
         for answer, codes in form.hazard_answers.items():
             for code in codes:
                 share = probability(judge, prompt + form.hazard_ask, answer) / len(codes)
-                hazards[code] = hazards.get(code, 0.0) + share
+                hazards[code] = hazards.get(code, 0.0) + share * yes / (yes + no)
         answers.append(Judgement(float(np.log(yes / no)), hazards, yes + no))
     if not form.policies:
         return answers[0]

@@ -29,6 +29,7 @@ __all__ = [
     "is_noisy",
     "leak_keys",
     "normalise",
+    "row_keys",
     "shuffled_by_text",
     "unlabelled_rows",
 ]
@@ -89,14 +90,15 @@ def leak_keys(needed: Iterable[str]) -> set[str]:
     keys: set[str] = set()
     for name in sorted(names | (set(needed) - {HELD_OUT_NAME})):
         for row in read_set(name):
-            keys |= _leak_keys(row)
+            keys |= row_keys(row)
     if set_path(HELD_OUT_SET).is_file():
         for row in held_out_rows():
-            keys |= _leak_keys(row)
+            keys |= row_keys(row)
     return keys
 
 
-def _leak_keys(row: Row) -> set[str]:
+def row_keys(row: Row) -> set[str]:
+    """The normalised texts of a row that are long enough to tell rows apart."""
     texts = [row.prompt, row.response or "", *(text for _, text in row.turns)]
     return {key for text in texts if len(key := normalise(text)) >= SHORTEST_LEAK}
 
@@ -107,7 +109,7 @@ def check_no_test_rows(rows: Iterable[Row], keys: set[str]) -> None:
         known = load_sets().get(row.set)
         if (known is not None and known.role == "test") or _is_held_out(row):
             raise CorpusError(f"{row.id}: {row.set} is a test set and is never trained on. Take it out of the recipe.")
-        if not keys.isdisjoint(_leak_keys(row)):
+        if not keys.isdisjoint(row_keys(row)):
             raise CorpusError(
                 f"{row.id}: its text stands in a test set. Build the mix again (`python -m convert corpus`)."
             )
@@ -141,7 +143,7 @@ def build_mix(
 
 
 def unlabelled_rows(sets: Mapping[str, int], seed: int, keys: set[str]) -> list[Row]:
-    """Rows that wait for a teacher: of each set at most the number given, without any text of a test set.
+    """Rows that wait for a teacher: of each set at most the number given, none twice, none with a text in ``keys``.
 
     Raises CorpusError for a set of another role, or one that a shipped model may not learn from.
     """
@@ -153,8 +155,8 @@ def unlabelled_rows(sets: Mapping[str, int], seed: int, keys: set[str]) -> list[
                 f"{name}: role {entry.role}, commercial use {entry.commercial}; [distill] takes unlabelled sets alone, "
                 "and of them those that a shipped model may learn from."
             )
-        clear = (row for row in read_set(name) if keys.isdisjoint(_leak_keys(row)))
-        rows += shuffled_by_text(clear, seed)[:most]
+        clear = {_row_key(row): row for row in read_set(name) if keys.isdisjoint(row_keys(row))}
+        rows += shuffled_by_text(clear.values(), seed)[:most]
     return rows
 
 
@@ -177,7 +179,7 @@ def _constructed(rows: list[Row], wanted: Mapping[str, int], seed: int, keys: se
     made = constructed_responses(rows, seed, refusals=refusals, echoes=echoes)
     made += constructed_answers(rows, seed, wanted.get("answers", 0))
     made += constructed_requests(wanted, rows, seed)
-    return [MixedRow(row, "train", 1.0) for row in made if keys.isdisjoint(_leak_keys(row))]
+    return [MixedRow(row, "train", 1.0) for row in made if keys.isdisjoint(row_keys(row))]
 
 
 def _take(
@@ -197,7 +199,7 @@ def _take(
             continue
         if key in seen:
             count["duplicate"] += 1
-        elif not keys.isdisjoint(_leak_keys(row)):
+        elif not keys.isdisjoint(row_keys(row)):
             count["in_test"] += 1
         else:
             seen.add(key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -129,9 +129,9 @@ class Judge:
         logp, said = self._say(logp, said, unread, verdict.ask)
         safe, unsafe = self._held(logp, said, verdict.safe), self._held(logp, said, verdict.unsafe)
         hazards = self._hazards(len(conversations)) if policy is None else [{} for _ in conversations]
+        judged = [Judgement(float(u - s), {}, float(np.exp(s) + np.exp(u))) for s, u in zip(safe, unsafe, strict=True)]
         return [
-            Judgement(float(u - s), h, float(np.exp(s) + np.exp(u)))
-            for s, u, h in zip(safe, unsafe, hazards, strict=True)
+            replace(j, hazards={c: p * j.p_unsafe for c, p in h.items()}) for j, h in zip(judged, hazards, strict=True)
         ]
 
     def _say(

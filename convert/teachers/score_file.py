@@ -2,9 +2,9 @@
 
     {"id": "set:row", "p_unsafe": 0.93, "margin": 2.6, "hazards": {"S2": 0.7}, "teacher": "...", "template_hash": "..."}
 
-``margin`` is the log-odds of unsafe and ``p_unsafe`` its sigmoid, ``hazards`` the probability of each hazard given that
-the text is unsafe (empty where the teacher names none). Scores of two teachers, or of one asked in two ways, never
-share a file. Scores made elsewhere are such a file too: ``teacher`` names who made them, ``template_hash`` how.
+``margin`` is the log-odds of unsafe and ``p_unsafe`` its sigmoid; ``hazards``: the probability that the text is unsafe
+for each hazard that the teacher knows (empty where it names none). Scores of two teachers, or of one asked in two ways,
+never share a file. Scores made elsewhere are such a file too: ``teacher`` names who made them, ``template_hash`` how.
 """
 
 from __future__ import annotations
