@@ -59,8 +59,6 @@ __all__ = [
 ]
 
 ORDER = ("base", "corpus", "teacher", "label", "student", "train", "qat", "roads", "export", "evaluate", "package")
-
-
 TEACHER_BASE = "teacher_base"
 SAMPLE_TOKENS = 4096  # of one batch that pruning looks at
 
@@ -151,8 +149,8 @@ def _examples(recipe: Recipe, split: str, max_tokens: int, source: Path, *, taug
         keys = leak_keys(recipe.evaluate["sets"])
         if recipe.distill and taught:
             scores = read_scores(label(recipe))
-            judged = _unlabelled(recipe)
-            rows += (judged := [row for row in judged if row.id in scores])
+            judged = [row for row in _unlabelled(recipe) if row.id in scores]
+            rows += judged
             weights += [recipe.distill["unlabelled_weight"]] * len(judged)
         check_no_test_rows(rows, keys)
     return encode_rows(rows, *text_side(source), max_tokens, weights, scores)

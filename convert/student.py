@@ -103,10 +103,9 @@ class Student(nn.Module):
         from convert.export.onnx_graph import StudentConfig
         from convert.export.rope import rope_factors
 
-        if self.model.config.model_type != "llama":
-            raise StudentError(f"a student is exported as a Llama, this base is a {self.model.config.model_type}.")
-
         config = self.model.config
+        if config.model_type != "llama":
+            raise StudentError(f"a student is exported as a Llama, this base is a {config.model_type}.")
         return StudentConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,

@@ -179,7 +179,7 @@ def write_gguf_judge(folder: Path, path: Path) -> Path:
     from gguf import GGUFWriter
     from transformers import AutoModelForCausalLM
 
-    from convert.export.gguf import LAYER_NAMES, OTHER_NAMES
+    from convert.export.gguf import permuted_rows, tensor_names
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
@@ -197,14 +197,11 @@ def write_gguf_judge(folder: Path, path: Path) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()))
-    layers = range(config.num_hidden_layers)
-    names = {hf.format(i): name.format(i) for i in layers for hf, name in LAYER_NAMES.items()} | OTHER_NAMES
+    names = {**tensor_names(config.num_hidden_layers), "lm_head.weight": "output.weight"}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for hf_name, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        if count := heads.get(hf_name.split(".")[-2]):  # llama.cpp rotates neighbours, transformers halves
-            array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor({**names, "lm_head.weight": "output.weight"}[hf_name], array.copy())
+        array = permuted_rows(tensor.numpy(), heads.get(hf_name.split(".")[-2]))
+        writer.add_tensor(names[hf_name], array.copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

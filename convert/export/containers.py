@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.batches import collate
 from convert.distill import score
-from convert.export.onnx import export_onnx
+from convert.export.onnx import compare_logits, export_onnx
 from convert.fake_quant import bake_int4
 from convert.student import Student
 from edgeguard.errors import EdgeguardError, ParityError
@@ -100,11 +100,8 @@ def _compare_gguf(path: Path, samples: Sequence[Example], reference: np.ndarray,
     except ImportError:
         click.echo("llama-cpp-python is not installed: the GGUF's integers are checked, its logits are not", err=True)
         return {"n": 0, "max_abs_diff": None, "mean_abs_diff": None}
-    difference = np.abs(gguf_logits(path, samples) - reference)
-    if not (difference.max() <= tolerance):  # a NaN is no agreement
+    try:
+        return compare_logits(gguf_logits(path, samples), reference, tolerance=tolerance, name=path.name)
+    except ParityError:
         path.unlink()
-        raise ParityError(
-            f"{path.name}: llama.cpp does not reproduce the torch model: the largest difference is "
-            f"{difference.max():.3f}, at most {tolerance} is accepted."
-        )
-    return {"n": len(samples), "max_abs_diff": float(difference.max()), "mean_abs_diff": float(difference.mean())}
+        raise

@@ -29,7 +29,16 @@ from convert.files import write_whole
 from convert.quantize import Int4Weight, as_int4
 from edgeguard.errors import EdgeguardError
 
-__all__ = ["GgufError", "GgufStudent", "pre_tokenizer_name", "read_gguf", "shortest", "write_gguf"]
+__all__ = [
+    "GgufError",
+    "GgufStudent",
+    "permuted_rows",
+    "pre_tokenizer_name",
+    "read_gguf",
+    "shortest",
+    "tensor_names",
+    "write_gguf",
+]
 
 ARCHITECTURE = "llama"
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # token types of llama.cpp
@@ -115,13 +124,13 @@ def write_gguf(
         writer.add_array("edgeguard.head.labels", list(labels))
         for part in ("weight", "bias"):
             writer.add_array(f"edgeguard.head.{part}", np.asarray(weights[f"head.{part}"], np.float32).ravel().tolist())
-        for name, gguf_name in _names(config.num_layers).items():
+        for name, gguf_name in tensor_names(config.num_layers).items():
             weight = weights[name]
             if len(weight.shape) == 1:
                 writer.add_tensor(gguf_name, np.asarray(weight, np.float32))
                 continue
             int4, heads = as_int4(weight), _heads(name, config)
-            moved = Int4Weight(_permuted(int4.nibbles, heads), _permuted(int4.scales, heads))
+            moved = Int4Weight(permuted_rows(int4.nibbles, heads), permuted_rows(int4.scales, heads))
             writer.add_tensor(gguf_name, moved.pack_q4_0(), raw_dtype=GGMLQuantizationType.Q4_0)
         if config.rope_factors is not None:
             writer.add_tensor(ROPE_FACTORS, np.array(config.rope_factors, np.float32))
@@ -153,7 +162,7 @@ def read_gguf(path: Path) -> GgufStudent:
         "q_proj": fields[f"{ARCHITECTURE}.attention.head_count"],
         "k_proj": fields[f"{ARCHITECTURE}.attention.head_count_kv"],
     }
-    names = {gguf_name: name for name, gguf_name in _names(fields[f"{ARCHITECTURE}.block_count"]).items()}
+    names = {gguf_name: name for name, gguf_name in tensor_names(fields[f"{ARCHITECTURE}.block_count"]).items()}
     weights: dict[str, Int4Weight | NDArray[np.float32]] = {
         "head.weight": np.array(fields["edgeguard.head.weight"], np.float32).reshape(len(labels), -1),
         "head.bias": np.array(fields["edgeguard.head.bias"], np.float32),
@@ -202,7 +211,8 @@ def _split_step(step: Mapping[str, Any]) -> str | None:
     return str(kind)
 
 
-def _names(layers: int) -> dict[str, str]:
+def tensor_names(layers: int) -> dict[str, str]:
+    """Transformers name -> GGUF name of every tensor of a body with so many layers."""
     per_layer = {a.format(i): b.format(i) for i in range(layers) for a, b in LAYER_NAMES.items()}
     return OTHER_NAMES | per_layer
 
@@ -212,7 +222,7 @@ def _heads(name: str, config: StudentConfig) -> int | None:
     return {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
 
 
-def _permuted(rows: NDArray[Any], heads: int | None) -> NDArray[Any]:
+def permuted_rows(rows: NDArray[Any], heads: int | None) -> NDArray[Any]:
     """Halves of each head's rows -> neighbouring pairs."""
     if heads is None:
         return rows
@@ -221,7 +231,7 @@ def _permuted(rows: NDArray[Any], heads: int | None) -> NDArray[Any]:
 
 
 def _restored(rows: NDArray[Any], heads: int | None) -> NDArray[Any]:
-    """Undo :func:`_permuted`."""
+    """Undo :func:`permuted_rows`."""
     if heads is None:
         return rows
     restored: NDArray[Any] = rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
