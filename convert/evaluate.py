@@ -41,8 +41,8 @@ __all__ = [
 
 POLICY = (
     "Each stage is calibrated on the calibration split (temperature and bias per target); its operating points are "
-    "thresholds on p_unsafe chosen there (balanced: highest F1; low_fpr: FPR at most 2 %; high_recall: recall at least "
-    "95 %) and are applied unchanged to the test sets."
+    "thresholds on p_unsafe chosen there (balanced: highest F1 with FPR at most 10 %; low_fpr: FPR at most 2 %; "
+    "high_recall: recall at least 95 %) and are applied unchanged to the test sets."
 )
 PARITY_ROWS = 1000
 WORST = 50

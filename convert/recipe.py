@@ -54,6 +54,8 @@ class Recipe:
     sha256: str
     build: Path
     models: Path
+    start: Recipe | None = None
+    """Another recipe, whose trained student this one's training starts from (``start_from`` of [student])."""
 
 
 def load_recipe(path: Path, build: Path | None = None, models: Path | None = None) -> Recipe:
@@ -76,8 +78,23 @@ def load_recipe(path: Path, build: Path | None = None, models: Path | None = Non
             data[table] = _parse(found.with_name(data[table]["like"]))[table]
     if data["distill"] and not data["teacher"]:
         raise RecipeError(f"{found.name}: [distill] needs a [teacher].")
+    if "start_share" in data["distill"] and "start_from" not in data["student"]:
+        raise RecipeError(f"{found.name}: start_share of [distill] needs start_from in [student].")
     folder = build or HERE.parent / "build" / found.stem
-    return Recipe(**data, path=found, sha256=sha256_of(found), build=folder, models=models or HERE.parent / "models")
+    start = _start(data, found, build / "start" if build else None)
+    models = models or HERE.parent / "models"
+    return Recipe(**data, path=found, sha256=sha256_of(found), build=folder, models=models, start=start)
+
+
+def _start(data: dict[str, Any], path: Path, build: Path | None) -> Recipe | None:
+    """The recipe that ``start_from`` names, which stands beside this one and cuts the same student out of its base."""
+    cut = {name: value for name, value in data["student"].items() if name != "start_from"}
+    if len(cut) == len(data["student"]):
+        return None
+    start = load_recipe(path.with_name(data["student"]["start_from"]), build)
+    if (start.base, start.student) != (data["base"], cut):
+        raise RecipeError(f"{path.name}: it starts from {start.path.name}, so [base] and [student] must be as there.")
+    return start
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -147,7 +147,8 @@ TRAINING = {**SHORT, "passes": 7.0, "learning_rate": 3e-3, "head_learning_rate":
 def shrink(recipe: Recipe) -> Recipe:
     """The recipe with everything large made small, in a ``smoke`` folder of its build; sets the data folder.
 
-    What kinds of teacher, pruning, loss and container it names stays as it is. A teacher from a GGUF or a score file
+    What kinds of teacher, pruning, loss and container it names stays as it is; a recipe to start from becomes one that
+    learns from the labels. A teacher from a GGUF or a score file
     cannot be made small: raises RecipeError.
     """
     folder = recipe.build / "smoke"
@@ -194,4 +195,7 @@ def shrink(recipe: Recipe) -> Recipe:
         # A random judge knows nothing: the labels teach, so that there is something to calibrate and to compare.
         changes["distill"]["label_weight"] = 20.0
         changes["evaluate"]["teacher_sets"] = []
-    return replace(recipe, **changes, build=folder / "build", models=folder / "models")
+    small = replace(recipe, **changes, build=folder / "build", models=folder / "models")
+    if recipe.start:
+        small = replace(small, start=replace(small, teacher={}, distill={}, build=folder / "start"))
+    return small

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +172,8 @@ def teacher(recipe: Recipe) -> Path:
         student = Student.from_base(source, table["layers"])
         add_adapter(student, table["train"]["lora"], table["train"]["freeze_layers"])
         loss = label_loss(table["train"]["hazard_weight"])
-        _run(recipe, table["train"], student, loss, folder, source, taught=False)
+        rows = _examples(recipe, "train", table["train"]["max_tokens"], source, taught=False)
+        _run(recipe, table["train"], student, loss, folder, source, rows)
         save_adapter(student, done.parent)
     return done.parent
 
@@ -243,11 +244,13 @@ def _load_teacher(recipe: Recipe) -> Teacher:
 
 
 def student(recipe: Recipe) -> Path:
-    """Step ``student``: the untrained student, cut out of its base."""
+    """Step ``student``: the untrained student, cut out of its base; or the trained one of the recipe to start from."""
     from convert.batches import batches
     from convert.prune import block_importance, keep_layers, keep_neurons, neuron_importance
     from convert.student import HEAD, Student
 
+    if recipe.start:
+        return train(recipe.start)
     folder, table = recipe.build / "student", recipe.student
     source = trimmed_base(recipe)
     inputs = {"student": table, "base": recipe.base, "data": _data_sha256(recipe)}
@@ -280,7 +283,10 @@ def train(recipe: Recipe) -> Path:
     if recipe.distill:
         inputs["scores_sha256"] = sha256_of(label(recipe))
     if not _made(folder / "final" / "student.safetensors", inputs, folder):
-        pupil = Student.load(student(recipe))
+        pupil, source = Student.load(student(recipe)), trimmed_base(recipe)
+        rows = _examples(recipe, "train", table["max_tokens"], source)
+        if share := recipe.distill.get("start_share"):
+            rows = _blended(pupil, rows, text_side(source)[0].pad_id, share, folder / "start_margins.npy")
         if "lora" in table:
             add_adapter(pupil, table["lora"], table["freeze_layers"])
         loss = label_loss(table["hazard_weight"])
@@ -289,9 +295,34 @@ def train(recipe: Recipe) -> Path:
             loss = teacher_loss(
                 hazard_weight=table["hazard_weight"], **{name: recipe.distill[name] for name in weights}
             )
-        _run(recipe, table, pupil, loss, folder, trimmed_base(recipe))
+        _run(recipe, table, pupil, loss, folder, source, rows)
         (merge_adapter(pupil) if "lora" in table else pupil).save(folder / "final")
     return folder / "final"
+
+
+def _blended(pupil: Student, rows: list[Example], pad_id: int, share: float, kept: Path) -> list[Example]:
+    """The teacher's margins, drawn by ``share`` towards those of the student that training starts from.
+
+    Two judges that err in different places teach more together than either alone. The student's margins are kept in the
+    file ``kept``, so that a resumed run has the very same targets.
+    """
+    from convert.distill import score
+    from convert.student import best_device
+
+    judged = [i for i, row in enumerate(rows) if row.teacher is not None]
+    if not kept.is_file():
+        click.echo(f"the student to start from judges {len(judged)} rows", err=True)
+        logits = score(pupil.to(best_device()), [rows[i] for i in judged], pad_id, bf16=True)
+        write_whole(kept, lambda path: _save_array(path, logits[:, 1] - logits[:, 0]))
+    blended = list(rows)
+    for i, own in zip(judged, np.load(kept), strict=True):
+        blended[i] = replace(rows[i], teacher=(1 - share) * float(rows[i].teacher or 0.0) + share * float(own))
+    return blended
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as stream:  # given a name, numpy would append its own suffix
+        np.save(stream, array)
 
 
 def qat(recipe: Recipe) -> Path:
@@ -301,8 +332,8 @@ def qat(recipe: Recipe) -> Path:
     from convert.student import Student
 
     folder = recipe.build / "qat"
-    source = sha256_of(train(recipe) / "student.safetensors")
-    if not _made(folder / "final" / "student.safetensors", {"qat": recipe.qat, "student_sha256": source}, folder):
+    inputs = {"qat": recipe.qat, "student_sha256": sha256_of(train(recipe) / "student.safetensors")}
+    if not _made(folder / "final" / "student.safetensors", inputs, folder):
         target, pupil = Student.load(train(recipe)), Student.load(train(recipe))
         enable_qat(pupil.model)
         table = {
@@ -316,7 +347,8 @@ def qat(recipe: Recipe) -> Path:
             label_weight=recipe.qat["label_weight"],
             hazard_weight=recipe.train["hazard_weight"],
         )
-        _run(recipe, table, pupil, loss, folder, trimmed_base(recipe))
+        source = trimmed_base(recipe)
+        _run(recipe, table, pupil, loss, folder, source, _examples(recipe, "train", table["max_tokens"], source))
         pupil.save(folder / "final")
     return folder / "final"
 
@@ -328,17 +360,15 @@ def _run(
     loss: Loss,
     folder: Path,
     source: Path,
-    *,
-    taught: bool = True,
+    rows: list[Example],
 ) -> None:
     """Train a student of the base in ``source`` with a recipe's table of settings; the run is kept in ``folder``."""
     from convert.distill import Settings, Trainer
 
     names = {f.name for f in fields(Settings)}
     settings = Settings(**{name: value for name, value in table.items() if name in names})
-    train_rows = _examples(recipe, "train", table["max_tokens"], source, taught=taught)
     validation = _examples(recipe, "validation", table["max_tokens"], source)
-    Trainer(student, loss, train_rows, validation, text_side(source)[0].pad_id, settings, folder).run()
+    Trainer(student, loss, rows, validation, text_side(source)[0].pad_id, settings, folder).run()
 
 
 def roads(recipe: Recipe) -> Path:

@@ -27,6 +27,8 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
+# False alarms are what makes people switch a guard off: even the balanced point has few.
+BALANCED_FPR = 0.10
 MAX_FPR = 0.02
 MIN_RECALL = 0.95
 NEWTON_STEPS = 100
@@ -134,13 +136,19 @@ def fit_calibration(margins: ArrayLike, labels: ArrayLike) -> tuple[float, float
 
 
 def choose_operating_points(
-    p_unsafe: ArrayLike, labels: ArrayLike, *, max_fpr: float = MAX_FPR, min_recall: float = MIN_RECALL
+    p_unsafe: ArrayLike,
+    labels: ArrayLike,
+    *,
+    balanced_fpr: float = BALANCED_FPR,
+    max_fpr: float = MAX_FPR,
+    min_recall: float = MIN_RECALL,
 ) -> dict[str, ChosenPoint]:
     """Choose thresholds for one target on its calibration split.
 
-    ``balanced``: highest F1; ``low_fpr``: most recall with FPR at most ``max_fpr``; ``high_recall``: least FPR with
-    recall at least ``min_recall``. A threshold lies halfway between two probabilities that occurred, so that small
-    numeric noise moves no decision. Raises ValueError without both classes or when no threshold is strict enough.
+    ``balanced``: highest F1 with FPR at most ``balanced_fpr`` (not below ``max_fpr``); ``low_fpr``: most recall with
+    FPR at most ``max_fpr``; ``high_recall``: least FPR with recall at least ``min_recall``. A threshold lies halfway
+    between two probabilities that occurred, so that small numeric noise moves no decision. Raises ValueError without
+    both classes or when no threshold is strict enough.
     """
     p, y = _rows(p_unsafe, labels)
     if p.min() < 0 or p.max() > 1 or y.all() or not y.any():
@@ -151,8 +159,9 @@ def choose_operating_points(
         raise ValueError(
             f"no threshold has FPR at most {max_fpr}: safe rows are at the top, with p_unsafe {p.max():g}."
         )
+    calm = [i for i, table in enumerate(tables) if (table.fpr or 0.0) <= balanced_fpr]
     chosen = {
-        "balanced": max(range(len(tables)), key=lambda i: (tables[i].f1 or 0.0, thresholds[i])),
+        "balanced": max(calm, key=lambda i: (tables[i].f1 or 0.0, thresholds[i])),
         "low_fpr": max(strict, key=lambda i: (tables[i].recall or 0.0, thresholds[i])),
         "high_recall": next(i for i, table in enumerate(tables) if (table.recall or 0.0) >= min_recall),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,45 @@ def test_a_changed_recipe_does_not_reuse_old_results(recipe: Recipe, world: dict
     changed.write_text(world["recipe"].read_text().replace("learning_rate = 3e-3", "learning_rate = 4e-3"))
     with pytest.raises(RecipeError, match="made from other settings"):
         steps.train(load_recipe(changed, world["build"], world["models"]))
+
+
+def _next(recipe: Recipe, folder: Path, changes: tuple[str, str] = ("", "")) -> Recipe:
+    """A recipe that starts from ``recipe``'s student, whose results it finds made."""
+    text = recipe.path.read_text()
+    (folder / "tiny.toml").write_text(text)
+    text = text.replace("[student]", '[student]\nstart_from = "tiny.toml"')
+    (folder / "next.toml").write_text(text.replace(*changes))
+    shutil.copytree(recipe.build, folder / "build" / "start", dirs_exist_ok=True)
+    return load_recipe(folder / "next.toml", folder / "build", folder / "models")
+
+
+def test_training_starts_from_another_recipes_student(recipe: Recipe, tmp_path: Path) -> None:
+    following = _next(recipe, tmp_path)
+    assert steps.student(following) == tmp_path / "build" / "start" / "train" / "final"
+    assert not (tmp_path / "build" / "student").exists()
+
+
+def test_a_start_of_another_shape_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"starts from tiny\.toml, so \[base\] and \[student\] must be as there"):
+        _next(recipe, tmp_path, ("layers = 2", "layers = 1"))
+
+
+def test_the_target_lies_between_the_teacher_and_the_start(recipe: Recipe, tmp_path: Path) -> None:
+    from convert.distill import score
+    from convert.student import Student
+
+    source = steps.trimmed_base(recipe)
+    rows = steps._examples(recipe, "validation", 48, source)[:6]
+    pad_id, pupil = steps.text_side(source)[0].pad_id, Student.load(steps.train(recipe))
+    own = score(pupil, rows, pad_id, bf16=True)
+    taught = [replace(row, teacher=2.0 if i % 2 else None) for i, row in enumerate(rows)]
+    kept = tmp_path / "margins.npy"
+    blended = steps._blended(pupil, taught, pad_id, 0.25, kept)
+    assert [row.teacher is None for row in blended] == [True, False] * 3
+    wanted = [1.5 + 0.25 * (own[i, 1] - own[i, 0]) for i in (1, 3, 5)]
+    assert [row.teacher for row in blended[1::2]] == pytest.approx(wanted, abs=0.05)  # bf16, other batches
+    np.save(kept, np.zeros(3))  # a resumed run keeps the targets that it began with
+    assert [row.teacher for row in steps._blended(pupil, taught, pad_id, 0.25, kept)[1::2]] == [1.5] * 3
 
 
 def test_an_export_that_differs_is_refused(recipe: Recipe, tmp_path: Path) -> None:

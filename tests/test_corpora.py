@@ -168,6 +168,12 @@ def test_unlabelled_rows_are_capped_shuffled_and_clear_of_the_tests(
         unlabelled_rows({"tiny_train": 5}, 1, set())
 
 
+def test_unlabelled_rows_without_text_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row("zeta", 0, "What is this?", None, " \n"), row("zeta", 1, "What is that?", None, "A thing.")]
+    monkeypatch.setenv("EDGEGUARD_DATA", str(write_sets(tmp_path, {"zeta": ({"role": "unlabelled"}, rows)})))
+    assert [r.id for r in unlabelled_rows({"zeta": 5}, 1, set())] == ["zeta:1"]
+
+
 def test_constructed_requests_are_different_repeatable_and_labelled() -> None:
     answers = [Row(f"a:{i}", "dolly_response", "response", "safe", "Q?", f"A harmless answer {i}.") for i in range(30)]
     wanted = {"creative": 200, "copies": 60, "discussions": 60, "look_alikes": 150, "tasks": 20}

@@ -145,7 +145,8 @@ def build_mix(
 def unlabelled_rows(sets: Mapping[str, int], seed: int, keys: set[str]) -> list[Row]:
     """Rows that wait for a teacher: of each set at most the number given, none twice, none with a text in ``keys``.
 
-    Raises CorpusError for a set of another role, or one that a shipped model may not learn from.
+    Rows without text are left out. Raises CorpusError for a set of another role, or one that a shipped model may not
+    learn from.
     """
     rows: list[Row] = []
     for name, most in sets.items():
@@ -155,7 +156,8 @@ def unlabelled_rows(sets: Mapping[str, int], seed: int, keys: set[str]) -> list[
                 f"{name}: role {entry.role}, commercial use {entry.commercial}; [distill] takes unlabelled sets alone, "
                 "and of them those that a shipped model may learn from."
             )
-        clear = {_row_key(row): row for row in read_set(name) if keys.isdisjoint(row_keys(row))}
+        written = [row for row in read_set(name) if row.messages() and row.messages()[-1][1].strip()]
+        clear = {_row_key(row): row for row in written if keys.isdisjoint(row_keys(row))}
         rows += shuffled_by_text(clear.values(), seed)[:most]
     return rows
 
