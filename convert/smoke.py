@@ -197,5 +197,5 @@ def shrink(recipe: Recipe) -> Recipe:
         changes["evaluate"]["teacher_sets"] = []
     small = replace(recipe, **changes, build=folder / "build", models=folder / "models")
     if recipe.start:
-        small = replace(small, start=replace(small, teacher={}, distill={}, build=folder / "start"))
+        small = replace(small, start=replace(small, teacher={}, distill={}, start=None, build=folder / "start"))
     return small
