@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.export.int8_graph import INT8_GRAPH, INT8_PLAN
 from convert.recipe import Recipe
 from convert.student import HEAD
 from edgeguard.bundle import sha256_of
+from edgeguard.engines.int8 import INT8_ENGINE
 from edgeguard.errors import EdgeguardError
 from edgeguard.manifest import FORMAT, FORMAT_VERSION
 from edgeguard.prompt import Template
@@ -42,7 +44,7 @@ def make_manifest(
     data_sha256: str,
 ) -> dict[str, Any]:
     """The manifest of the files in ``folder`` (``model.onnx``, ``tokenizer.json``)."""
-    engines = {"model.onnx": "onnx", "tokenizer.json": None}
+    engines = {"model.onnx": "onnx", INT8_GRAPH: INT8_ENGINE, INT8_PLAN: None, "tokenizer.json": None}
     files = {
         name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size, "engine": engine}
         for name, engine in engines.items()

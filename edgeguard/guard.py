@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from edgeguard.bundle import Bundle, default_bundle_path
 from edgeguard.calibration import sigmoid
-from edgeguard.engines import Engine, create_engine
+from edgeguard.conversation import Conversation
+from edgeguard.engines import Engine, create_engine, fastest_engine
 from edgeguard.errors import BundleError, EngineError, InputError
 from edgeguard.hub import resolve_bundle
 from edgeguard.manifest import DEFAULT_OPERATING_POINT, SelfTestVector
@@ -45,6 +46,7 @@ class Guard:
         self._tokenizer = tokenizer
         self._operating_point = operating_point
         self._thresholds = bundle.manifest.thresholds
+        self._choice: Mapping[str, Any] | None = None
         threshold_for(self._thresholds, operating_point, "prompt")
 
     @classmethod
@@ -59,11 +61,18 @@ class Guard:
     ) -> Guard:
         """Load a bundle: a folder, ``hf://owner/name[@revision]``, or None for the shipped one (no network).
 
+        ``engine``: a name of :data:`edgeguard.engines.ENGINES`, or ``auto`` for the fastest here, measured once.
         ``threads``: of one forward pass, None for one a physical core. ``self_test`` reproduces the manifest's vectors
         first. Raises BundleError, EngineError or PolicyError (see :mod:`edgeguard.errors`).
         """
         opened = Bundle.open(default_bundle_path() if bundle is None else resolve_bundle(bundle))
-        guard = cls(opened, create_engine(engine, opened, threads), opened.load_tokenizer(), operating_point)
+        choice = None
+        if engine == "auto":
+            made, choice = fastest_engine(opened, threads)
+        else:
+            made = create_engine(engine, opened, threads)
+        guard = cls(opened, made, opened.load_tokenizer(), operating_point)
+        guard._choice = choice
         if self_test:
             guard.self_test()
         return guard
@@ -146,6 +155,14 @@ class Guard:
                 results[i] = self._verdict(results[i], row, point, latency_ms)
         return results
 
+    def conversation(self, operating_point: str | None = None) -> Conversation:
+        """A dialogue to be judged turn by turn, in which a new turn costs its own tokens alone.
+
+        That holds for the engines ``onnx-int8`` and ``gguf``; ``onnx`` reads the whole dialogue again. Raises
+        PolicyError for an unknown operating point.
+        """
+        return Conversation(self, self._known_point(operating_point))
+
     def info(self) -> dict[str, Any]:
         """What is loaded, JSON-ready: the manifest's facts, the engine, its providers and threads."""
         manifest = self._bundle.manifest.to_dict()
@@ -160,6 +177,7 @@ class Guard:
                 "version": self._engine.version,
                 "providers": list(self._engine.providers),
                 "threads": self._engine.threads,
+                "choice": None if self._choice is None else dict(self._choice),
             },
             "manifest": manifest,
         }
@@ -225,7 +243,14 @@ class Guard:
         for row, encoded in enumerate(batch):
             ids[row, : len(encoded.ids)] = encoded.ids
             mask[row, : len(encoded.ids)] = 1
-        logits = self._engine.logits(ids, mask)
+        return self._finite(self._engine.logits(ids, mask))
+
+    def _read_on(self, encoded: Encoded, seen: object) -> tuple[NDArray[np.float32], object]:
+        """Logits [K] of a row, from where ``seen`` ends, and what is seen now."""
+        logits, seen = self._engine.read_on(encoded.ids, seen)
+        return self._finite(logits)[0], seen
+
+    def _finite(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         if not np.isfinite(logits).all():
             raise EngineError(
                 f"{self._bundle.label}: the engine {self._engine.name} returned a logit that is not finite."

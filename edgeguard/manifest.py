@@ -34,7 +34,7 @@ FORMAT = "edgeguard-bundle"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 DEFAULT_OPERATING_POINT = "balanced"
-FILE_ENGINES = ("onnx", "gguf", "executorch")
+FILE_ENGINES = ("onnx", "onnx-int8", "gguf", "executorch")
 # Fewer tokens than this around the judged text would judge fragments.
 MIN_TEXT_TOKENS = 16
 MAX_TOKENS = 2**17

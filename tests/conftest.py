@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,19 @@ from tiny import write_bundle
 from tokenizers import Tokenizer
 
 from edgeguard import Guard
+from edgeguard.cache import CACHE_VARIABLE
 
 # No deadline: a busy machine is not a failure. No database: every run tries the same kind of examples afresh.
 settings.register_profile("edgeguard", deadline=None, database=None)
 settings.load_profile("edgeguard")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither read nor fill the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ class FakeEngine:
 
     def logits(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         return np.tile(np.array(self.row, dtype=np.float32), (ids.shape[0], 1))
+
+    def read_on(self, ids: Sequence[int], seen: object) -> tuple[NDArray[np.float32], None]:
+        return np.array([self.row], dtype=np.float32), None
 
 
 def faked(bundle: Path, margin: float) -> Guard:

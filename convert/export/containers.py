@@ -11,7 +11,9 @@ import numpy as np
 
 from convert.batches import collate
 from convert.distill import score
+from convert.export.int8_graph import export_int8
 from convert.export.onnx import compare_logits, export_onnx
+from convert.export.smoothing import input_magnitudes, smoothing_shifts
 from convert.fake_quant import bake_int4
 from convert.student import Student
 from edgeguard.errors import EdgeguardError, ParityError
@@ -60,6 +62,9 @@ def export_containers(
     figures: dict[str, dict[str, Any]] = {
         "onnx": export_onnx(weights, config, path, *checked, tolerance=tolerance, labels=labels)
     }
+    click.echo("int8 ...", err=True)
+    shifts = smoothing_shifts(input_magnitudes(student, [batch]), weights)
+    figures["int8"] = export_int8(path, *checked, tolerance=tolerance, shifts=shifts)
     if "gguf" in also:
         click.echo("gguf ...", err=True)
         from convert.export.transcode import onnx_to_gguf

@@ -19,6 +19,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from convert.export.onnx_graph import StudentConfig, Weights, build_guard_graph
+from edgeguard.engines.onnx import empty_past
 from edgeguard.errors import ParityError
 
 __all__ = ["compare_logits", "export_onnx", "run_onnx", "save_checked"]
@@ -91,7 +92,8 @@ def run_onnx(path: str | Path, ids: NDArray[np.int64], mask: NDArray[np.int64]) 
         rows = slice(start, start + BATCH_SIZE)
         longest = int(mask[rows].sum(axis=1).max())
         feeds = {"input_ids": ids[rows, :longest], "attention_mask": mask[rows, :longest]}
-        batches.append(session.run(["logits"], {name: np.asarray(value, np.int64) for name, value in feeds.items()})[0])
+        feeds = {name: np.asarray(value, np.int64) for name, value in feeds.items()}
+        batches.append(session.run(["logits"], {**feeds, **empty_past(session, len(ids[rows]))})[0])
     return np.concatenate(batches)
 
 

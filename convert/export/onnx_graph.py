@@ -28,6 +28,7 @@ from convert.quantize import GROUP_SIZE, Int4Weight, as_int4
 __all__ = [
     "LABELS_KEY",
     "ROPE_FACTORS_KEY",
+    "GuardGraph",
     "StudentConfig",
     "Weights",
     "build_guard_graph",
@@ -130,7 +131,7 @@ def build_guard_graph(
     ValueError for a missing, unknown or misshapen weight, or another number of labels.
     """
     check_weights(weights, config)
-    graph = _Graph(weights, config, int4=int4, accuracy_level=accuracy_level)
+    graph = GuardGraph(weights, config, int4=int4, accuracy_level=accuracy_level)
     graph.build()
     return with_metadata(graph.model(), labels, config)
 
@@ -168,10 +169,18 @@ def _value_info(name: str, element_type: int, shape: list[str | int]) -> onnx.Va
     return helper.make_tensor_value_info(name, element_type, shape)
 
 
-class _Graph:
+class GuardGraph:
     """Nodes and initializers of one student. Every method that adds nodes returns the name of the result."""
 
+    past = False
+    """Whether tokens read before come in as ``past.LAYER.key`` and ``.value`` [batch, kv_heads, past, head_dim].
+
+    ``present.LAYER.key`` and ``.value`` then give those of all tokens. A past of 0 tokens reads from scratch; another
+    one needs a batch of 1. ``attention_mask`` is that of the new tokens.
+    """
+
     def __init__(self, weights: Weights, config: StudentConfig, *, int4: bool, accuracy_level: int) -> None:
+        """Arguments: see :func:`build_guard_graph`."""
         self.weights, self.config, self.int4, self.accuracy_level = weights, config, int4, accuracy_level
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
@@ -203,11 +212,19 @@ class _Graph:
 
     def model(self) -> onnx.ModelProto:
         """Wrap what was built; the order of everything is fixed, so equal weights give equal bytes."""
-        ids = [_value_info(name, TensorProto.INT64, ["batch", "length"]) for name in ("input_ids", "attention_mask")]
-        logits = _value_info("logits", TensorProto.FLOAT, ["batch", self.config.head_size])
-        graph = helper.make_graph(self.nodes, "guard", ids, [logits], list(self.initializers.values()))
+        inputs = [_value_info(name, TensorProto.INT64, ["batch", "length"]) for name in ("input_ids", "attention_mask")]
+        outputs = [_value_info("logits", TensorProto.FLOAT, ["batch", self.config.head_size])]
+        if self.past:
+            inputs += self._caches("past", "past_length")
+            outputs += self._caches("present", "total_length")
+        graph = helper.make_graph(self.nodes, "guard", inputs, outputs, list(self.initializers.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         return helper.make_model(graph, producer_name="edgeguard", opset_imports=opsets, ir_version=IR_VERSION)
+
+    def _caches(self, when: str, length: str) -> list[onnx.ValueInfoProto]:
+        shape: list[str | int] = ["batch", self.config.num_kv_heads, length, self.config.head_dim]
+        names = [f"{when}.{layer}.{part}" for layer in range(self.config.num_layers) for part in ("key", "value")]
+        return [_value_info(name, TensorProto.FLOAT, shape) for name in names]
 
     def _shared_inputs(self) -> None:
         """What every layer reads: lengths, the place of the last token, the bias of padded keys, the RoPE tables."""
@@ -222,14 +239,18 @@ class _Graph:
         count = self._node("ReduceSum", ["attention_mask", self._constant("axis_1", [1])], "token_count", keepdims=1)
         self._node("Sub", [count, self._constant("one", [1])], "last_index")  # [batch, 1], position of the last token
         self._node("Unsqueeze", ["last_index", self._constant("axis_2", [2])], "last_row")  # [batch, 1, 1] for GatherND
-        length = self._node("Squeeze", [self._node("Shape", ["input_ids"], "length_1", start=1, end=2)], "length")
+        length = self._dimension("input_ids", 1, "length")
+        start = self._dimension("past.0.key", 2, "past_length") if self.past else self._scalar("zero", 0)
+        if self.past:
+            length = self._node("Add", [length, start], "end_position")
+            self._node("Add", ["last_index", start], "last_position")
         self._node("Cast", [length], "total_length", to=TensorProto.INT32)
         # GroupQueryAttention is told that padding is text: causal attention hides it from real tokens all the same, and
         # told the truth, onnxruntime 1.20 leaves the padded rows unwritten, whose NaN the last layer would read.
         batch = self._node("Shape", ["input_ids"], "batch", start=0, end=1)
         end = self._node("Sub", ["total_length", self._initializer("one_32", np.array(1, np.int32))], "end")
         self._node("Expand", [end, batch], "seqlens_k")
-        positions = [self._scalar("zero", 0), length, self._scalar("step", 1)]
+        positions = [start, length, self._scalar("range_step", 1)]
         positions = [self._node("Range", positions, "range"), self._constant("axis_0", [0])]
         positions = [self._node("Unsqueeze", positions, "range_row"), self._node("Shape", ["input_ids"], "ids_shape")]
         self._node("Expand", positions, "position_ids")
@@ -237,7 +258,16 @@ class _Graph:
         bias = self._node(
             "Where", [real, self._scalar("bias_0", 0.0), self._scalar("bias_masked", MASKED)], "mask_bias"
         )
-        self._node("Unsqueeze", [bias, self._constant("axes_1_2", [1, 2])], "key_bias")  # [batch, 1, 1, length]
+        if self.past:
+            size = [batch, self._node("Unsqueeze", [start, self._constant("axis_0", [0])], "past_length_1")]
+            size = [self._node("Concat", size, "past_size", axis=0)]
+            seen = self._node("Expand", [self._scalar("bias_0", 0.0), *size], "past_bias")
+            bias = self._node("Concat", [seen, bias], "all_bias", axis=1)
+        self._node("Unsqueeze", [bias, self._constant("axes_1_2", [1, 2])], "key_bias")  # [batch, 1, 1, all keys]
+
+    def _dimension(self, x: str, axis: int, name: str) -> str:
+        """A scalar: the size of ``x`` along ``axis``."""
+        return self._node("Squeeze", [self._node("Shape", [x], f"{name}_1d", start=axis, end=axis + 1)], name)
 
     def _embedding(self, ids: str) -> str:
         name = "model.embed_tokens.weight"
@@ -262,12 +292,18 @@ class _Graph:
         """Attention of all tokens: (output of o_proj, residual), both [batch, length, hidden]."""
         cfg, name = self.config, f"layers.{layer}.attention"
         qkv = self._linear(f"layers.{layer}.qkv", normed, *self._projections(layer, "q", "k", "v"))
+        past, present = ["", ""], (f"{name}.key", f"{name}.value")
+        if self.past:
+            past, present = (
+                [f"past.{layer}.key", f"past.{layer}.value"],
+                (f"present.{layer}.key", f"present.{layer}.value"),
+            )
         context = self._node(
             "GroupQueryAttention",
-            [qkv, "", "", "", "", "seqlens_k", "total_length", "rope_cos", "rope_sin"],
+            [qkv, "", "", *past, "seqlens_k", "total_length", "rope_cos", "rope_sin"],
             name,
             domain=CONTRIB,
-            more_outputs=(f"{name}.key", f"{name}.value"),
+            more_outputs=present,
             num_heads=cfg.num_heads,
             kv_num_heads=cfg.num_kv_heads,
             do_rotary=1,
@@ -284,15 +320,21 @@ class _Graph:
         sizes = self._constant("kv_sizes", [cfg.kv_size, cfg.kv_size])
         key, value = self._split(kv, sizes, f"{name}.key", f"{name}.value")
         query = self._linear(f"layers.{layer}.q", self._take_last(normed, name), *self._projections(layer, "q"))
-        query = self._rope(query, "last_index", cfg.num_heads, f"{name}.query_rope")
+        query = self._rope(query, "last_position" if self.past else "last_index", cfg.num_heads, f"{name}.query_rope")
         key = self._rope(key, "position_ids", cfg.num_kv_heads, f"{name}.key_rope")
         groups = [0, cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_dim]
         query = self._node("Reshape", [query, self._constant("query_groups", groups)], f"{name}.query_groups")
         heads = self._constant("kv_heads", [0, 0, cfg.num_kv_heads, cfg.head_dim])
         key = self._node("Reshape", [key, heads], f"{name}.key_heads")
-        key = self._node("Transpose", [key], f"{name}.key_t", perm=[0, 2, 3, 1])
         value = self._node("Reshape", [value, heads], f"{name}.value_heads")
         value = self._node("Transpose", [value], f"{name}.value_t", perm=[0, 2, 1, 3])
+        if self.past:
+            key = self._node("Transpose", [key], f"{name}.key_rows", perm=[0, 2, 1, 3])
+            key = self._node("Concat", [f"past.{layer}.key", key], f"present.{layer}.key", axis=2)
+            value = self._node("Concat", [f"past.{layer}.value", value], f"present.{layer}.value", axis=2)
+            key = self._node("Transpose", [key], f"{name}.key_t", perm=[0, 1, 3, 2])
+        else:
+            key = self._node("Transpose", [key], f"{name}.key_t", perm=[0, 2, 3, 1])
         scores = self._node("MatMul", [query, key], f"{name}.scores")
         scores = self._node("Mul", [scores, self._scalar("score_scale", cfg.head_dim**-0.5)], f"{name}.scaled")
         scores = self._node("Add", [scores, "key_bias"], f"{name}.masked")

@@ -106,10 +106,20 @@ def _facts(info: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("max tokens", str(manifest["max_tokens"])),
         ("quantization", _quantization(manifest["quantization"])),
         ("engine", f"{engine['name']} {engine['version']}, {', '.join(engine['providers'])}"),
+        ("chosen", _choice(engine["choice"])),
         ("threads", str(engine["threads"])),
         ("versions", ", ".join(f"{name} {version or NOT_MEASURED}" for name, version in info["versions"].items())),
         ("machine", ", ".join(info["machine"].values())),
     ]
+
+
+def _choice(found: Mapping[str, Any] | None) -> str:
+    """Why this engine: what each took for a short message."""
+    if found is None:
+        return "by name, or the only one"
+    fastest_first = sorted(found["latency_ms"].items(), key=lambda item: float(item[1]))
+    times = [f"{name} {ms:.1f} ms" for name, ms in fastest_first] + [f"{name} refused" for name in found["refused"]]
+    return f"measured here: {', '.join(times)}"
 
 
 def _quantization(found: Mapping[str, Any] | None) -> str:

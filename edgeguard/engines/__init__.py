@@ -5,8 +5,8 @@ Engine libraries are imported when an engine is made, never before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from edgeguard.errors import EngineError
 if TYPE_CHECKING:
     from edgeguard.bundle import Bundle
 
-__all__ = ["ENGINES", "Engine", "create_engine"]
+__all__ = ["ENGINES", "Engine", "create_engine", "fastest_engine"]
 
 
 class Engine(Protocol):
@@ -24,7 +24,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """``onnx``: as in ``Verdict.engine``."""
+        """``onnx``, ``onnx-int8``: as in ``Verdict.engine``."""
 
     @property
     def providers(self) -> Sequence[str]:
@@ -44,6 +44,13 @@ class Engine(Protocol):
         Returns float32 [B, K]. Raises EngineError when the model fails.
         """
 
+    def read_on(self, ids: Sequence[int], seen: Any) -> tuple[NDArray[np.float32], Any]:  # noqa: ANN401
+        """Logits float32 [1, K] of the row ``ids``, and what to pass as ``seen`` with the next, longer row.
+
+        ``seen``: None at first, then what this method returned; only this engine knows what it is, and one that cannot
+        read on returns None and reads all of every row. Raises EngineError when the model fails.
+        """
+
 
 def _onnx(bundle: Bundle, threads: int | None) -> Engine:
     from edgeguard.engines.onnx import OnnxEngine
@@ -51,19 +58,26 @@ def _onnx(bundle: Bundle, threads: int | None) -> Engine:
     return OnnxEngine(bundle.file_for("onnx"), outputs=len(bundle.manifest.head), threads=threads)
 
 
-# Name -> how to make it. "auto" takes the first that the bundle has a file for.
-ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {"onnx": _onnx}
+def _onnx_int8(bundle: Bundle, threads: int | None) -> Engine:
+    from edgeguard.engines.int8 import INT8_ENGINE, int8_graph
+    from edgeguard.engines.onnx import OnnxEngine
+
+    return OnnxEngine(int8_graph(bundle), outputs=len(bundle.manifest.head), threads=threads, name=INT8_ENGINE)
+
+
+# Name -> how to make it. ``onnx`` computes with the INT4 weights as they are and needs the least memory, ``onnx-int8``
+# with an INT8 copy of them, which is faster on a CPU with INT8 dot products.
+ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {"onnx": _onnx, "onnx-int8": _onnx_int8}
 
 
 def create_engine(name: str, bundle: Bundle, threads: int | None = None) -> Engine:
-    """Load the bundle's model into the engine ``name`` (``auto``: the preferred one the bundle has a file for).
+    """Load the bundle's model into the engine ``name``; ``auto``: see :func:`fastest_engine`.
 
     ``threads``: None for one a physical core. Raises EngineError for an unknown name, a library that is not installed
     or a model that does not load; BundleError when the bundle has no file for the engine.
     """
     if name == "auto":
-        held = {entry.engine for entry in bundle.manifest.files.values()}
-        name = next((known for known in ENGINES if known in held), next(iter(ENGINES)))
+        return fastest_engine(bundle, threads)[0]
     if name not in ENGINES:
         raise EngineError(f"unknown engine {name!r}. Known engines: auto, {', '.join(ENGINES)}.")
     try:
@@ -72,3 +86,17 @@ def create_engine(name: str, bundle: Bundle, threads: int | None = None) -> Engi
         raise EngineError(
             f"the engine {name!r} is not installed ({error}). Known engines: auto, {', '.join(ENGINES)}."
         ) from error
+
+
+def fastest_engine(bundle: Bundle, threads: int | None = None) -> tuple[Engine, Mapping[str, Any] | None]:
+    """The fastest engine that the bundle has a file for, and how it was chosen (see :mod:`edgeguard.engines.choose`).
+
+    The record is None where there was nothing to choose. Raises as :func:`create_engine`.
+    """
+    from edgeguard.engines.choose import choose_engine
+
+    held = {entry.engine for entry in bundle.manifest.files.values()}
+    names = [name for name in ENGINES if name in held] or [next(iter(ENGINES))]
+    if len(names) == 1:
+        return create_engine(names[0], bundle, threads), None
+    return choose_engine(bundle, names, threads, lambda name: create_engine(name, bundle, threads))

@@ -1,11 +1,14 @@
-"""The ONNX engine: onnxruntime on the CPU.
+"""The ONNX engines: onnxruntime on the CPU, computing with the INT4 weights as they are, or with an INT8 copy of them.
 
 The graph takes ``input_ids`` and ``attention_mask`` (int64 [batch, length]) and returns ``logits`` (float32
-[batch, K]); anything else is refused at load, not at the first text.
+[batch, K]); anything else is refused at load, not at the first text. A graph that also takes ``past.LAYER.key`` and
+``past.LAYER.value`` can read on where an earlier call ended.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +18,38 @@ from numpy.typing import NDArray
 from edgeguard.engines.cpus import choose_threads
 from edgeguard.errors import EngineError
 
-__all__ = ["OnnxEngine"]
+__all__ = ["OnnxEngine", "Seen", "empty_past"]
 
 INPUTS = {"input_ids": "tensor(int64)", "attention_mask": "tensor(int64)"}
 OUTPUTS = {"logits": "tensor(float)"}
 ERRORS_ONLY = 3
+FLOAT = "tensor(float)"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Tokens that were read, and their keys and values: name of the input -> float32 [1, heads, tokens, width]."""
+
+    ids: tuple[int, ...]
+    past: Mapping[str, NDArray[np.float32]]
+
+    def first(self, count: int) -> Seen:
+        """The first ``count`` tokens of it."""
+        return Seen(self.ids[:count], {name: array[:, :, :count] for name, array in self.past.items()})
+
+
+def empty_past(session: onnxruntime.InferenceSession, batch: int) -> dict[str, NDArray[np.float32]]:
+    """A past of no tokens [batch, heads, 0, width] for every such input of ``session``."""
+    shapes = {node.name: node.shape for node in session.get_inputs() if node.name not in INPUTS}
+    return {name: np.zeros((batch, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items()}
 
 
 class OnnxEngine:
-    """An onnxruntime session. ``outputs``: K, the labels of the bundle's head."""
+    """An onnxruntime session. ``outputs``: K, the labels of the bundle's head; ``name``: of the engine."""
 
-    name = "onnx"
-
-    def __init__(self, file: Path, *, outputs: int, threads: int | None = None) -> None:
+    def __init__(self, file: Path, *, outputs: int, threads: int | None = None, name: str = "onnx") -> None:
         """Load ``file``. Raises EngineError for a file that is no such model."""
+        self.name = name
         self.threads = choose_threads(threads)
         self._outputs = outputs
         options = onnxruntime.SessionOptions()
@@ -53,30 +74,63 @@ class OnnxEngine:
 
     def logits(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """See :meth:`edgeguard.engines.Engine.logits`."""
+        return self._run(["logits"], ids, mask, empty_past(self._session, len(ids)))[0]
+
+    def read_on(self, ids: Sequence[int], seen: Seen | None) -> tuple[NDArray[np.float32], Seen | None]:
+        """See :meth:`edgeguard.engines.Engine.read_on`; what ``ids`` share with ``seen`` is not computed again."""
+        if not self._present:
+            row = np.array([ids], dtype=np.int64)
+            return self.logits(row, np.ones_like(row)), None
+        seen = seen or Seen((), empty_past(self._session, 1))
+        seen = seen.first(min(_shared(seen.ids, ids), len(ids) - 1))  # the last token gives the logits: always read
+        new = np.array([ids[len(seen.ids) :]], dtype=np.int64)
+        logits, *present = self._run(["logits", *self._present], new, np.ones_like(new), seen.past)
+        return logits, Seen(tuple(ids), dict(zip(self._present.values(), present, strict=True)))
+
+    def _run(
+        self,
+        outputs: Sequence[str],
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        past: Mapping[str, NDArray[np.float32]],
+    ) -> list[NDArray[np.float32]]:
         try:
-            (found,) = self._session.run(["logits"], {"input_ids": ids, "attention_mask": mask})
+            found: list[NDArray[np.float32]] = self._session.run(
+                list(outputs), {"input_ids": ids, "attention_mask": mask, **past}
+            )
         except Exception as error:  # as above
             raise EngineError(f"onnxruntime failed on a batch of shape {ids.shape}: {_first_line(error)}") from error
         expected = (ids.shape[0], self._outputs)
-        if found.shape != expected:
-            raise EngineError(f"the model returned logits of shape {found.shape}, expected {expected}.")
-        result: NDArray[np.float32] = found
-        return result
+        if found[0].shape != expected:
+            raise EngineError(f"the model returned logits of shape {found[0].shape}, expected {expected}.")
+        return found
 
     def _check_graph(self, file: Path) -> None:
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        past = {node.name: FLOAT for node in inputs if node.name.startswith("past.")}
+        self._present = {name.replace("past", "present", 1): name for name in past}
+        present = dict.fromkeys(self._present, FLOAT)
         for kind, expected, nodes in (
-            ("inputs", INPUTS, self._session.get_inputs()),
-            ("outputs", OUTPUTS, self._session.get_outputs()),
+            ("inputs", {**INPUTS, **past}, inputs),
+            ("outputs", {**OUTPUTS, **present}, outputs),
         ):
             found = {node.name: node.type for node in nodes}
             if found != expected:
                 raise EngineError(f"{file}: expected the {kind} {expected}, found {found}.")
             for node in nodes:
-                if len(node.shape) != 2:
-                    raise EngineError(f"{file}: {node.name}: expected two dimensions, found {node.shape}.")
-        width = self._session.get_outputs()[0].shape[1]
+                dimensions = 4 if node.name in past or node.name in present else 2
+                if len(node.shape) != dimensions:
+                    raise EngineError(f"{file}: {node.name}: expected {dimensions} dimensions, found {node.shape}.")
+        width = outputs[0].shape[1]
         if width != self._outputs:
             raise EngineError(f"{file}: logits: expected {self._outputs} columns (the head's labels), found {width}.")
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _first_line(error: Exception) -> str:

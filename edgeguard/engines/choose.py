@@ -1,0 +1,112 @@
+"""Which engine is fastest here: measured the first time a bundle is used on a machine, and remembered.
+
+Only an engine that reproduces the bundle's self-test is a candidate, so speed never buys another verdict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeguard.cache import cache_folder
+from edgeguard.errors import BundleError, EngineError
+
+if TYPE_CHECKING:
+    from edgeguard.bundle import Bundle
+    from edgeguard.engines import Engine
+
+__all__ = ["choose_engine"]
+
+LOG = logging.getLogger(__name__)
+TRIALS = 7  # of each candidate, after one that warms up
+# What a guard mostly reads: a message of about sixty tokens.
+TEXT = (
+    "Could you please help me to write a friendly letter to the people who live next door? We are planning a small "
+    "party on Saturday evening, there will be some music, and I would like to invite them and let them know that it "
+    "ends before midnight."
+)
+KEY_DIGITS = 16
+
+
+def choose_engine(
+    bundle: Bundle, names: Sequence[str], threads: int | None, make: Callable[[str], Engine]
+) -> tuple[Engine, dict[str, Any]]:
+    """The fastest of the engines ``names`` that reproduce the bundle's self-test, and the record of the choice.
+
+    ``make``: loads an engine. The record holds ``chosen``, ``latency_ms`` (median, by engine) and ``refused`` (why, by
+    engine); it is kept in the cache by bundle, machine, versions and threads. Raises EngineError when none is left.
+    """
+    file = cache_folder() / f"engine-{_key(bundle, names, threads)}.json"
+    with suppress(OSError, ValueError, KeyError, EngineError, BundleError):  # nothing remembered, or it no longer loads
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return make(record["chosen"]), record
+    record = _measure(bundle, names, make)
+    with suppress(OSError):  # measured again the next time
+        _keep(file, record)
+    LOG.info("%s: chose the engine %s", bundle.label, record)
+    return make(record["chosen"]), record
+
+
+def _measure(bundle: Bundle, names: Sequence[str], make: Callable[[str], Engine]) -> dict[str, Any]:
+    latency_ms: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name in names:
+        try:
+            engine = make(name)
+            _check(bundle, engine)
+            latency_ms[name] = _latency_ms(bundle, engine)
+        except (EngineError, BundleError) as error:
+            refused[name] = str(error)
+    if not latency_ms:
+        raise EngineError(f"{bundle.path}: no engine can run it here: {refused}.")
+    return {"chosen": min(latency_ms, key=lambda name: latency_ms[name]), "latency_ms": latency_ms, "refused": refused}
+
+
+def _check(bundle: Bundle, engine: Engine) -> None:
+    from edgeguard.guard import Guard
+
+    Guard(bundle, engine, bundle.load_tokenizer()).self_test()
+
+
+def _latency_ms(bundle: Bundle, engine: Engine) -> float:
+    manifest = bundle.manifest
+    encoded = manifest.template.encode(bundle.load_tokenizer(), [("user", TEXT)], manifest.max_tokens)
+    ids = np.array([encoded.ids], dtype=np.int64)
+    times = []
+    for _ in range(TRIALS + 1):
+        started = time.perf_counter()
+        engine.logits(ids, np.ones_like(ids))
+        times.append(1000 * (time.perf_counter() - started))
+    return float(np.median(times[1:]))
+
+
+def _key(bundle: Bundle, names: Sequence[str], threads: int | None) -> str:
+    """What the choice depends on: bundle, candidates, threads, processor and the versions of what computes."""
+    import onnxruntime
+
+    from edgeguard import __version__
+
+    hashes = sorted(entry.sha256 for entry in bundle.manifest.files.values())
+    versions = (__version__, onnxruntime.__version__, platform.python_version())
+    machine = (platform.node(), platform.machine(), platform.processor(), os.cpu_count())
+    facts = (bundle.label, hashes, tuple(names), threads, versions, machine)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:KEY_DIGITS]
+
+
+def _keep(file: Path, record: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        json.dump(record, stream)
+    Path(part).replace(file)

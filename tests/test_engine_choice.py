@@ -1,0 +1,142 @@
+"""The INT8 engine in a bundle, its file in the cache, the choice between engines, and reading on in a conversation."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed: pip install 'edgeguard-runtime[convert]'")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from tiny import edit_manifest, refresh_files  # noqa: E402
+from tiny_llama import write_llama_bundle  # noqa: E402
+
+from edgeguard import Guard  # noqa: E402
+from edgeguard.cache import CACHE_VARIABLE, cached  # noqa: E402
+from edgeguard.errors import BundleError, EngineError, InputError  # noqa: E402
+
+TEXTS = ["How do I make the thing?", "the cat and the hat", "once upon a time there was a hat", "No."]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama_bundle(tmp_path_factory.mktemp("llama") / "tiny")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_both_paths_give_near_margins(bundle: Path, cache: Path) -> None:
+    int4, int8 = (Guard.load(bundle, engine=name, threads=1) for name in ("onnx", "onnx-int8"))
+    assert int8.classify(TEXTS[0]).engine == "onnx-int8"
+    pairs = list(zip(int4.classify_many(TEXTS), int8.classify_many(TEXTS), strict=True))
+    assert 0 < max(abs(a.margin - b.margin) for a, b in pairs) < 0.5
+    assert int8.classify(TEXTS[2]).margin == pytest.approx(pairs[2][1].margin, abs=1e-3)
+
+
+def test_the_weights_are_made_once(bundle: Path, cache: Path) -> None:
+    Guard.load(bundle, engine="onnx-int8", threads=1)
+    (weights,) = cache.rglob("*.bin")
+    stamp = weights.stat().st_mtime_ns
+    Guard.load(bundle, engine="onnx-int8", threads=1)
+    assert [path.stat().st_mtime_ns for path in cache.rglob("*.bin")] == [stamp]
+
+
+def test_another_bundle_has_weights_of_its_own(bundle: Path, cache: Path, tmp_path: Path) -> None:
+    Guard.load(bundle, engine="onnx-int8", threads=1)
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
+    refresh_files(other)
+    Guard.load(other, engine="onnx-int8", threads=1)
+    assert len(list(cache.rglob("*.bin"))) == 2
+
+
+def test_what_a_killed_process_left_is_not_used(bundle: Path, cache: Path) -> None:
+    def killed(folder: Path) -> None:
+        (folder / "half").write_bytes(b"x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached("thing", killed)
+    assert not (cache / "thing").exists() and not list(cache.iterdir())
+    assert (cached("thing", lambda folder: (folder / "whole").touch()) / "whole").exists()
+
+
+def _load(bundle: str) -> float:
+    return Guard.load(bundle, engine="onnx-int8", threads=1).classify(TEXTS[0]).margin
+
+
+def test_two_processes_may_make_it_at_once(bundle: Path, cache: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        margins = pool.map(_load, [str(bundle)] * 4)
+    assert len(set(margins)) == 1 and len(list(cache.rglob("*.bin"))) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_said(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    with pytest.raises(EngineError, match=f"the cache cannot be written .* {CACHE_VARIABLE}"):
+        Guard.load(bundle, engine="onnx-int8", threads=1)
+    guard = Guard.load(bundle, threads=1)  # what needs no cache still runs
+    assert guard.info()["engine"]["name"] == "onnx"
+    assert "cannot be written" in guard.info()["engine"]["choice"]["refused"]["onnx-int8"]
+
+
+def test_auto_measures_once_and_remembers(bundle: Path, cache: Path) -> None:
+    choice = Guard.load(bundle, threads=1).info()["engine"]["choice"]
+    assert set(choice["latency_ms"]) == {"onnx", "onnx-int8"} and choice["refused"] == {}
+    assert choice["chosen"] == min(choice["latency_ms"], key=choice["latency_ms"].get)
+    assert Guard.load(bundle, threads=1).info()["engine"]["choice"] == choice
+    (file,) = cache.glob("engine-*.json")
+    other = next(name for name in choice["latency_ms"] if name != choice["chosen"])
+    file.write_text(json.dumps({**choice, "chosen": other}))
+    assert Guard.load(bundle, threads=1).info()["engine"]["name"] == other  # what is remembered counts
+    file.write_text("{")
+    assert Guard.load(bundle, threads=1).info()["engine"]["choice"]["refused"] == {}
+
+
+def test_an_engine_that_gives_other_verdicts_is_not_chosen(bundle: Path, cache: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(bundle, tmp_path / "changed"))
+    margin = Guard.load(bundle, engine="onnx", threads=1).self_test()
+    spread = max(abs(a - b) for a, b in zip(_margins(bundle, "onnx"), _margins(bundle, "onnx-int8"), strict=True))
+    edit_manifest(changed, lambda manifest: manifest["self_test"].update(tolerance=(margin + spread) / 2))
+    choice = Guard.load(changed, threads=1).info()["engine"]["choice"]
+    assert choice["chosen"] == "onnx" and "expected a margin of" in choice["refused"]["onnx-int8"]
+
+
+def _margins(bundle: Path, engine: str) -> list[float]:
+    guard = Guard.load(bundle, engine=engine, threads=1)
+    vectors = guard.bundle.manifest.self_test.vectors
+    return [guard.classify(prompt=v.prompt, response=v.response).margin for v in vectors]
+
+
+def test_a_graph_without_its_plan_is_refused(bundle: Path, cache: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(bundle, tmp_path / "bare"))
+    edit_manifest(bare, lambda manifest: manifest["files"].pop("model.int8.json"))
+    with pytest.raises(BundleError, match="expected model.int8.json beside model.int8.onnx"):
+        Guard.load(bare, engine="onnx-int8", threads=1)
+
+
+@pytest.mark.parametrize("engine", ["onnx", "onnx-int8"])
+def test_a_conversation_is_judged_as_a_whole(bundle: Path, cache: Path, engine: str) -> None:
+    guard = Guard.load(bundle, engine=engine, threads=1)
+    talk = guard.conversation("low_fpr")
+    turns = [("user", "the cat"), ("assistant", "and the hat?"), ("user", "once upon a time " * 9), ("user", "no")]
+    for count, (role, text) in enumerate(turns, start=1):
+        found = talk.classify(role, text)
+        messages = [{"role": r, "content": t} for r, t in turns[:count]]
+        expected = guard.classify(messages=messages, operating_point="low_fpr")
+        assert found.margin == pytest.approx(expected.margin, abs=1e-3)
+        assert (found.tokens, found.truncated, found.action) == (expected.tokens, expected.truncated, expected.action)
+        assert talk.messages == messages
+    with pytest.raises(InputError):
+        talk.classify("user", " ")
+    assert len(talk.messages) == len(turns)  # what was refused was not said
