@@ -28,6 +28,7 @@ __all__ = [
     "CONTAINERS",
     "GGUF",
     "GPTQ",
+    "INT8",
     "POINT",
     "REFERENCE",
     "ROADS",
@@ -68,6 +69,7 @@ ROUNDED = "student-int4-rounded"
 GPTQ = "student-int4-gptq"
 TORCH_INT4 = "student-int4-qat"
 SHIPPED = "student-int4-onnx"
+INT8 = "student-int8-onnx"
 GGUF = "student-int4-gguf"
 STANDARD = "student-onnx-standard"
 # In the order of every table.
@@ -78,10 +80,11 @@ STAGES = {
     GPTQ: StageKind("INT4 GPTQ", REFERENCE),
     TORCH_INT4: StageKind("INT4 QAT", REFERENCE),
     SHIPPED: StageKind("INT4 ONNX", TORCH_INT4),
+    INT8: StageKind("ONNX, INT8 compute", TORCH_INT4),
     GGUF: StageKind("INT4 GGUF", TORCH_INT4),
     STANDARD: StageKind("standard ONNX", TORCH_INT4),
 }
-CONTAINERS = (SHIPPED, GGUF, STANDARD)
+CONTAINERS = (SHIPPED, INT8, GGUF, STANDARD)
 # The roads to INT4, and where each is measured: in torch, else in the file that it is shipped as.
 ROADS = {
     "rounding": (ROUNDED,),

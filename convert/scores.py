@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import click
@@ -19,6 +21,7 @@ import numpy as np
 from convert.corpora.registry import Row
 from convert.files import write_whole
 from edgeguard.bundle import sha256_of
+from edgeguard.engines.int8 import write_int8_weights
 from edgeguard.errors import EdgeguardError
 from edgeguard.prompt import Template
 from edgeguard.taxonomy import HAZARDS
@@ -34,6 +37,7 @@ __all__ = [
     "TeacherStage",
     "gguf_stage",
     "int4_stage",
+    "int8_stage",
     "onnx_stage",
     "score_rows",
     "teacher_stage",
@@ -130,15 +134,29 @@ def onnx_stage(name: str, path: Path, pad_id: int, sets: tuple[str, ...] | None 
         import onnxruntime
 
         from convert.batches import batches
+        from edgeguard.engines.onnx import empty_past
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         rows: dict[int, np.ndarray] = {}
         for indices, batch in batches(examples, BATCH_TOKENS, pad_id):
             feeds = {"input_ids": batch.ids.numpy(), "attention_mask": batch.mask.numpy()}
+            feeds |= empty_past(session, len(indices))
             rows.update(zip(indices, session.run(["logits"], feeds)[0], strict=True))
         return np.stack([rows[i] for i in range(len(examples))])
 
     return Stage(name, sha256_of(path), logits, sets)
+
+
+def int8_stage(name: str, graph: Path, pad_id: int, sets: tuple[str, ...] | None = None) -> Stage:
+    """The INT8 graph ``graph`` and the plan beside it, with weights made for this run alone."""
+    plan = graph.with_suffix(".json")
+
+    def logits(examples: Sequence[Example]) -> np.ndarray:
+        with TemporaryDirectory() as folder:
+            write_int8_weights(plan, Path(folder))
+            return onnx_stage(name, Path(shutil.copy(graph, folder)), pad_id).logits(examples)
+
+    return Stage(name, f"{sha256_of(graph)} {sha256_of(plan)}", logits, sets)
 
 
 def gguf_stage(name: str, path: Path, sets: tuple[str, ...] | None = None) -> Stage:

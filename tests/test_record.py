@@ -93,13 +93,14 @@ def _measured(
 
 @pytest.fixture(scope="module")
 def measured() -> list[MeasuredStage]:
-    """All eight stages, out of order; the teacher on one set of both classes, the roads on the two."""
+    """All nine stages, out of order; the teacher on one set of both classes, the roads on the two."""
     both = ("xstest", "xstest_response")
     return [
         _measured(SHIPPED, 1.1, 4),
         _measured(REFERENCE, 1.0, 1),
         _measured(TEACHER, 0.3, 0, ("xstest", "ailuminate_demo_en")),
         *(_measured(name, 1.0 + 0.3 * i, 2 + i, both) for i, name in enumerate(ROADS)),
+        _measured("student-int8-onnx", 1.1, 3),
         _measured("student-int4-gguf", 1.1, 5),
         _measured("student-onnx-standard", 1.1, 6),
     ]
