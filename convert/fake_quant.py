@@ -12,13 +12,15 @@ share its quantization; the embedding quantizes only the rows that a batch looks
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from convert.quantize import GROUP_SIZE
+from convert.smoothing import row_of
 
 __all__ = [
     "QatEmbedding",
@@ -59,8 +61,9 @@ def fake_quant_activation(x: Tensor, dtype: torch.dtype | None = None) -> Tensor
 class SharedActivation:
     """Fake quantization of one input for all linears that read it: computed for the first, kept for the others."""
 
-    def __init__(self) -> None:
-        """Nothing is kept yet."""
+    def __init__(self, shift: Tensor | None = None) -> None:
+        """Nothing is kept yet. ``shift``: [K], the input is divided by two to it while it is rounded."""
+        self._factor = None if shift is None else torch.exp2(shift.float())
         self._key: tuple[Any, ...] | None = None
         self._result: Tensor | None = None
 
@@ -69,7 +72,11 @@ class SharedActivation:
         source = self._key[0]() if self._key else None
         key = (None if x.is_inference() else x._version, dtype, torch.is_grad_enabled())
         if source is not x or self._key is None or self._key[1:] != key or self._result is None:
-            self._result = fake_quant_activation(x, dtype)
+            if self._factor is None:
+                self._result = fake_quant_activation(x, dtype)
+            else:  # powers of two: exact in every type
+                factor = self._factor.to(x.device, x.dtype)
+                self._result = fake_quant_activation(x / factor, dtype) * factor.to(dtype)
             self._key = (weakref.ref(x), *key)
         return self._result
 
@@ -116,24 +123,28 @@ class QatEmbedding(nn.Embedding):
         return fake_quant_weight(super().forward(input))
 
 
-def enable_qat(model: nn.Module, *, activations: bool = True) -> nn.Module:
+def enable_qat(
+    model: nn.Module, *, activations: bool = True, shifts: Mapping[str, np.ndarray] | None = None
+) -> nn.Module:
     """Switch every nn.Linear and nn.Embedding of ``model`` (a transformers LlamaModel) to fake quantization, in place.
 
-    The parameters stay the same objects. ``activations=False``: weights only. A layer already switched is left alone.
+    The parameters stay the same objects. ``activations=False``: weights only. ``shifts``: how the rows that the linears
+    read are smoothed (see :mod:`convert.smoothing`). A layer already switched is left alone.
     Returns ``model``. Raises ValueError, before any change, when a width is not a multiple of 32.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and module.weight.shape[1] % GROUP_SIZE:
             raise ValueError(f"{name}: its width {module.weight.shape[1]} is not a multiple of {GROUP_SIZE}.")
-    for parent in list(model.modules()):
+    for path, parent in list(model.named_modules()):
         children = dict(parent.named_children())
         for name, child in children.items():
             if type(child) is nn.Embedding:
                 setattr(parent, name, QatEmbedding(child))
         for group in _groups([name for name, child in children.items() if type(child) is nn.Linear]):
-            shared = SharedActivation() if activations else None
+            shift = (shifts or {}).get(row_of(f"{path}.{group[0]}"))
+            shared = SharedActivation(None if shift is None else torch.from_numpy(shift)) if activations else None
             for name in group:
-                setattr(parent, name, QatLinear(children[name], shared, last=name == group[-1]))  # type: ignore[arg-type]
+                setattr(parent, name, QatLinear(children[name], shared, last=name == group[-1]))
     return model
 
 

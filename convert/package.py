@@ -95,7 +95,8 @@ def put_in_place(staged: Path, target: Path, max_bytes: int | None = None) -> No
     size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
     if max_bytes is not None and size > max_bytes:
         raise PackageError(f"{staged.name}: {size} bytes, more than the {max_bytes} that [export] max_bytes allows.")
-    Guard.load(staged)
+    for engine in ("onnx", INT8_ENGINE):
+        Guard.load(staged, engine=engine)
     aside = target.with_name(f".{target.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,8 @@ __all__ = [
 ]
 
 ORDER = ("base", "corpus", "teacher", "label", "student", "train", "qat", "roads", "export", "evaluate", "package")
+SHIFTS = "shifts.npz"
+SMOOTHING_ROWS = 300  # of the mix, whose activations are measured
 TEACHER_BASE = "teacher_base"
 SAMPLE_TOKENS = 4096  # of one batch that pruning looks at
 
@@ -335,7 +337,7 @@ def qat(recipe: Recipe) -> Path:
     inputs = {"qat": recipe.qat, "student_sha256": sha256_of(train(recipe) / "student.safetensors")}
     if not _made(folder / "final" / "student.safetensors", inputs, folder):
         target, pupil = Student.load(train(recipe)), Student.load(train(recipe))
-        enable_qat(pupil.model)
+        enable_qat(pupil.model, shifts=_shifts(recipe, target))
         table = {
             "head_learning_rate": recipe.qat["learning_rate"],
             **recipe.qat,
@@ -351,6 +353,26 @@ def qat(recipe: Recipe) -> Path:
         _run(recipe, table, pupil, loss, folder, source, _examples(recipe, "train", table["max_tokens"], source))
         pupil.save(folder / "final")
     return folder / "final"
+
+
+def _shifts(recipe: Recipe, target: Student) -> dict[str, np.ndarray]:
+    """How the rows that INT8 rounds are smoothed: measured on the float32 student once, kept beside the QAT student."""
+    from convert.batches import batches
+    from convert.smoothing import input_magnitudes, smoothing_shifts
+
+    kept, source = recipe.build / "qat" / SHIFTS, trimmed_base(recipe)
+    if not kept.is_file():
+        rows = _examples(recipe, "train", recipe.train["max_tokens"], source, taught=False)
+        sample = batches(_spread(rows, SMOOTHING_ROWS), SAMPLE_TOKENS, text_side(source)[0].pad_id)
+        shifts = smoothing_shifts(input_magnitudes(target, [batch for _, batch in sample]), target.numpy_weights())
+        write_whole(kept, lambda path: _save_arrays(path, shifts))
+    with np.load(kept) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as stream:  # given a name, numpy would append its own suffix
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def _run(
@@ -410,6 +432,7 @@ def export(recipe: Recipe) -> Path:
             about={"name": recipe.name, "version": recipe.version, "license": recipe.license},
             also=recipe.export.get("also", []),
             tolerance=recipe.export["tolerance"],
+            shifts=_shifts(recipe, Student.load(train(recipe))),
         )
         write_json(record, {"tolerance": recipe.export["tolerance"], **figures})
     return path
@@ -447,8 +470,9 @@ def judge_tests(recipe: Recipe) -> Path:
 def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
     """What is measured: the shipped file first, then what it came from, and what is compared with it on fewer sets."""
     from convert.export.containers import FILES
-    from convert.record import GGUF, GPTQ, REFERENCE, ROUNDED, SHIPPED, STANDARD, TEACHER, TORCH_INT4
-    from convert.scores import gguf_stage, int4_stage, onnx_stage, teacher_stage, torch_stage
+    from convert.export.int8_graph import INT8_GRAPH
+    from convert.record import GGUF, GPTQ, INT8, REFERENCE, ROUNDED, SHIPPED, STANDARD, TEACHER, TORCH_INT4
+    from convert.scores import gguf_stage, int4_stage, int8_stage, onnx_stage, teacher_stage, torch_stage
 
     pad_id = text_side(trimmed_base(recipe))[0].pad_id
     some, shipped = tuple(recipe.evaluate.get("compare", ())), export(recipe)
@@ -458,6 +482,7 @@ def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
     ]
     if some:
         measured.append(int4_stage(TORCH_INT4, qat(recipe), pad_id, some))
+        measured.append(int8_stage(INT8, shipped.with_name(INT8_GRAPH), pad_id, some))
     if some and recipe.roads:
         # GPTQ's values are on the grid already, and not where rounding would put them: they are run as they are.
         measured.append(int4_stage(ROUNDED, train(recipe), pad_id, some))
@@ -522,6 +547,8 @@ def evaluate(recipe: Recipe) -> Path:
 
 def package(recipe: Recipe) -> Path:
     """Step ``package``: the bundle in ``models/``, opened and self-tested by the runtime before it gets there."""
+    from convert.export.containers import FILES
+    from convert.export.int8_graph import INT8_GRAPH, INT8_PLAN
     from convert.package import SELF_TEST_TEXTS, make_manifest, put_in_place
     from convert.report import SHIPPED, model_card
 
@@ -530,7 +557,8 @@ def package(recipe: Recipe) -> Path:
     staged = recipe.build / "package"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    shutil.copy(export(recipe), staged / "model.onnx")
+    for name in (FILES["onnx"], INT8_GRAPH, INT8_PLAN):
+        shutil.copy(export(recipe).with_name(name), staged / name)
     (staged / "tokenizer.json").write_text(plain_tokenizer_json(trimmed_base(recipe)), encoding="utf-8")
     shipped = report["stages"][SHIPPED]
     fitted = {name: shipped[name] for name in ("calibration", "operating_points")}

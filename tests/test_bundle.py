@@ -96,7 +96,11 @@ BAD_VALUES = [
     ("operating_points/low_fpr/measured/prompt/n", 0, "measured.prompt.n: expected a whole number"),
     ("files", [], "files: expected an object"),
     ("files/tokenizer.json", ..., "files: expected 'tokenizer.json' among them, found model.onnx"),
-    ("files/model.onnx/engine", "cuda", "files.model.onnx.engine: expected null or one of ['onnx', 'onnx-int8', 'gguf'"),
+    (
+        "files/model.onnx/engine",
+        "cuda",
+        "files.model.onnx.engine: expected null or one of ['onnx', 'onnx-int8', 'gguf'",
+    ),
     ("files/model.onnx/engine", ["onnx"], "files.model.onnx.engine: expected null or one of"),
     ("files/model.onnx/bytes", -1, "files.model.onnx.bytes: expected a whole number"),
     ("files/model.onnx/sha256", "A" * 64, "sha256: expected 64 lower-case hex digits"),

@@ -13,7 +13,6 @@ from convert.batches import collate
 from convert.distill import score
 from convert.export.int8_graph import export_int8
 from convert.export.onnx import compare_logits, export_onnx
-from convert.export.smoothing import input_magnitudes, smoothing_shifts
 from convert.fake_quant import bake_int4
 from convert.student import Student
 from edgeguard.errors import EdgeguardError, ParityError
@@ -42,13 +41,14 @@ def export_containers(
     about: Mapping[str, str],
     also: Sequence[str],
     tolerance: float,
+    shifts: Mapping[str, np.ndarray],
 ) -> dict[str, dict[str, Any]]:
     """Write ``model.onnx`` and the containers of ``also`` (``gguf``, ``standard``) into ``folder``; rounds ``student``.
 
     ``samples``: rows whose logits every container must give within ``tolerance`` of torch with the same INT4 weights;
-    ``about``: name, version and licence. Returns ``n``, ``max_abs_diff`` and ``mean_abs_diff`` (logits) by container;
-    llama.cpp is asked only where llama-cpp-python is installed, else its figures are null. Raises ParityError,
-    ContainerError.
+    ``about``: name, version and licence; ``shifts``: how the INT8 graph is smoothed (see :mod:`convert.smoothing`).
+    Returns ``n``, ``max_abs_diff`` and ``mean_abs_diff`` (logits) by container; llama.cpp is asked only where
+    llama-cpp-python is installed, else its figures are null. Raises ParityError, ContainerError.
     """
     if unknown := set(also) - set(FILES):
         raise ContainerError(f"[export] also: unknown containers {sorted(unknown)}; there are gguf and standard.")
@@ -63,7 +63,6 @@ def export_containers(
         "onnx": export_onnx(weights, config, path, *checked, tolerance=tolerance, labels=labels)
     }
     click.echo("int8 ...", err=True)
-    shifts = smoothing_shifts(input_magnitudes(student, [batch]), weights)
     figures["int8"] = export_int8(path, *checked, tolerance=tolerance, shifts=shifts)
     if "gguf" in also:
         click.echo("gguf ...", err=True)

@@ -30,9 +30,9 @@ from onnx import TensorProto
 
 from convert.export.onnx import compare_logits, run_onnx
 from convert.export.onnx_graph import CONTRIB, GuardGraph, StudentConfig, Weights
-from convert.export.smoothing import READERS
 from convert.files import write_whole
 from convert.quantize import Int4Weight, as_int4
+from convert.smoothing import row_of
 from edgeguard.engines.int8 import ALIGNMENT, STEPS, Matrix, Plan, write_int8_weights
 from edgeguard.errors import ParityError
 
@@ -91,7 +91,7 @@ def build_int8_graph(
 
     ``weights``, ``config``: as :func:`~convert.export.onnx_graph.build_guard_graph` took them for ``source``;
     ``weights_name``: of the file that the graph will look for beside itself; ``shifts``: see
-    :mod:`convert.export.smoothing`. Inputs and output are those of the INT4 graph, and the keys and values of earlier
+    :mod:`convert.smoothing`. Inputs and output are those of the INT4 graph, and the keys and values of earlier
     tokens. Raises ValueError when ``source`` does not hold the very bytes of a weight.
     """
     graph = _Int8Graph(weights, config, int4=True, accuracy_level=4)
@@ -125,7 +125,7 @@ class _Int8Graph(GuardGraph):
 
     def _float(self, name: str) -> str:
         """As in the INT4 graph; a norm's weights bear what its readers' columns were multiplied by."""
-        shift = self.shifts.get(_row(name))
+        shift = self.shifts.get(row_of(name))
         values = self._array(name)
         return self._initializer(name, values if shift is None else np.ldexp(values, -shift.astype(np.int32)))
 
@@ -174,7 +174,7 @@ class _Int8Graph(GuardGraph):
         weight, channel = f"{name}.int8", f"{name}.channel_scales"
         to = self.end
         self.initializers[weight] = self._external(weight, TensorProto.INT8, (columns, rows), rows * columns)
-        shifts = self.shifts.get(_row(weights[0])), self._row_shifts(weights[0])
+        shifts = self.shifts.get(row_of(weights[0])), self._row_shifts(weights[0])
         self.matrices.append(Matrix(nibbles, scales, (rows, columns), to, self.end, *shifts))
         self.initializers[channel] = self._external(channel, TensorProto.FLOAT, (rows,), 4 * rows)
         return weight, channel
@@ -182,7 +182,7 @@ class _Int8Graph(GuardGraph):
     def _row_shifts(self, weight: str) -> NDArray[np.int8] | None:
         """``up`` bears what the columns of ``down`` were multiplied by."""
         prefix, _, reader = weight.partition("up_proj")
-        shift = self.shifts.get(_row(f"{prefix}down_proj{reader}")) if reader else None
+        shift = self.shifts.get(row_of(f"{prefix}down_proj{reader}")) if reader else None
         return None if shift is None else -shift
 
     def _external(self, name: str, data_type: int, shape: tuple[int, ...], size: int) -> TensorProto:
@@ -199,16 +199,3 @@ class _Int8Graph(GuardGraph):
         if offset < 0:
             raise ValueError(f"{self.source} does not hold {name}. Pass the weights that it was made of.")
         return offset
-
-
-WRITERS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
-
-
-def _row(weight: str) -> str:
-    """Which row of :mod:`convert.export.smoothing` a matrix reads or a norm writes; empty for another weight."""
-    parts = weight.split(".")
-    for kind, readers in READERS.items():
-        names = (*readers, WRITERS.get(kind))
-        if parts[:2] == ["model", "layers"] and ".".join(parts[3:-1]) in names:
-            return f"layers.{parts[2]}.{kind}"
-    return ""

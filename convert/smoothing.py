@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from convert.batches import Batch
     from convert.student import Student
 
-__all__ = ["READERS", "input_magnitudes", "smoothing_shifts"]
+__all__ = ["input_magnitudes", "row_of", "smoothing_shifts"]
 
 # What reads one and the same row: the norm's output before attention and before the MLP, and the gated product.
 READERS = {
@@ -30,6 +30,8 @@ READERS = {
     "mlp": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+# The norm that writes such a row.
+WRITERS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
 STRENGTH = 0.65  # a
 LEAST = 1e-5
 LARGEST_SHIFT = 8  # of a column against the mean of its matrix
@@ -75,3 +77,15 @@ def smoothing_shifts(magnitudes: Mapping[str, NDArray[np.float32]], weights: Wei
         shift = np.rint(wanted - wanted.mean())
         shifts[name] = shift.clip(-LARGEST_SHIFT, LARGEST_SHIFT).astype(np.int8)
     return shifts
+
+
+def row_of(name: str) -> str:
+    """The row ``layers.I.KIND`` that a matrix reads or a norm writes; empty for any other weight.
+
+    ``name``: as in a state dict, with or without ``model.`` before and ``.weight`` behind it.
+    """
+    parts = name.removeprefix("model.").removesuffix(".weight").split(".")
+    for kind, readers in READERS.items():
+        if parts[0] == "layers" and ".".join(parts[2:]) in (*readers, WRITERS.get(kind)):
+            return f"layers.{parts[1]}.{kind}"
+    return ""

@@ -1,0 +1,98 @@
+"""Smoothing: what is measured, how far columns are moved, and what it brings against an outlier."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
+pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
+
+from convert import fake_quant  # noqa: E402
+from convert.batches import Batch, Example, collate  # noqa: E402
+from convert.quantize import quantize_int4  # noqa: E402
+from convert.smoke import llama_config  # noqa: E402
+from convert.smoothing import input_magnitudes, row_of, smoothing_shifts  # noqa: E402
+from convert.student import Student  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def student() -> Student:
+    torch.manual_seed(0)
+    return Student(llama_config(90)).eval()
+
+
+def _batch(*lengths: int) -> Batch:
+    rng = np.random.default_rng(0)
+    rows = [Example(rng.integers(1, 90, n).tolist(), "prompt", False, (0,) * 14, True, 1.0) for n in lengths]
+    return collate(rows, 0)
+
+
+def test_magnitudes_are_those_of_real_tokens(student: Student) -> None:
+    found = input_magnitudes(student, [_batch(3, 9), _batch(5)])
+    layers = range(student.model.config.num_hidden_layers)
+    assert set(found) == {f"layers.{i}.{kind}" for i in layers for kind in ("attention", "mlp", "down")}
+    batch = _batch(3, 9)
+    seen = []
+    hook = student.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        student(batch.ids, batch.mask)
+    hook.remove()
+    real = seen[0][batch.mask.bool()].abs().amax(0).numpy()
+    assert (found["layers.1.down"] >= real).all() and found["layers.1.down"].shape == (96,)
+    assert input_magnitudes(student, [batch])["layers.1.down"] == pytest.approx(real)
+    assert not student.model.layers[0].mlp.down_proj._forward_pre_hooks
+
+
+def test_an_outlier_channel_is_moved_into_the_weights(student: Student) -> None:
+    weights = student.numpy_weights()
+    magnitudes = {"layers.0.down": np.ones(96, np.float32)}
+    magnitudes["layers.0.down"][7] = 300.0
+    shift = smoothing_shifts(magnitudes, weights)["layers.0.down"]
+    assert shift.dtype == np.int8 and shift[7] >= 4 and np.abs(np.delete(shift, 7)).max() <= 2
+    x = np.random.default_rng(1).normal(0, 0.5, (50, 96)).astype(np.float32)
+    x[:, 7] = 300.0
+    weight = quantize_int4(weights["model.layers.0.mlp.down_proj.weight"]).dequantize()
+
+    def error(power: np.ndarray) -> float:
+        rows, columns = x / power, weight * power
+        row, column = np.abs(rows).max(1, keepdims=True) / 127, np.abs(columns).max(1, keepdims=True) / 127
+        product = (np.rint(rows / row) * row) @ (np.rint(columns / column) * column).T
+        return float(np.abs(product - x @ weight.T).mean())
+
+    assert error(np.ldexp(np.float32(1), shift)) < error(np.ones(96, np.float32)) / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("model.layers.3.self_attn.k_proj.weight", "layers.3.attention"),
+        ("model.layers.3.input_layernorm.weight", "layers.3.attention"),
+        ("layers.12.mlp.up_proj", "layers.12.mlp"),
+        ("model.layers.0.post_attention_layernorm.weight", "layers.0.mlp"),
+        ("model.layers.0.mlp.down_proj.weight", "layers.0.down"),
+        ("model.layers.0.self_attn.o_proj.weight", ""),
+        ("model.norm.weight", ""),
+        ("head.weight", ""),
+    ],
+)
+def test_rows_by_the_names_of_weights(name: str, row: str) -> None:
+    assert row_of(name) == row
+
+
+def test_a_smoothed_input_is_rounded_on_its_own_scale() -> None:
+    linear = torch.nn.Linear(32, 32, bias=False)
+    mlp = torch.nn.ModuleDict({"down_proj": linear})
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": mlp})])})
+    shift = np.array([6] + [0] * 31, np.int8)
+    fake_quant.enable_qat(model, shifts={"layers.0.down": shift})
+    x = torch.randn(5, 32)
+    x[:, 0] = 100.0  # an outlier channel, which the shift takes out of the way of the others
+    factor = torch.exp2(torch.from_numpy(shift).float())
+    wanted = fake_quant.fake_quant_activation(x / factor) * factor
+    found = mlp["down_proj"](x)
+    expected = torch.nn.functional.linear(wanted, fake_quant.fake_quant_weight(linear.weight))
+    assert torch.equal(found, expected)
+    assert (wanted - x).abs()[:, 1:].max() < (fake_quant.fake_quant_activation(x) - x).abs()[:, 1:].max() / 4
+    found.sum().backward()
+    assert linear.weight.grad is not None
