@@ -25,7 +25,7 @@ FILES = {"onnx": "model.onnx", "gguf": "model.gguf", "standard": "model.standard
 
 
 class ContainerError(EdgeguardError):
-    """A container that is unknown, or that needs a package which is not installed."""
+    """A container that needs a package which is not installed."""
 
 
 def export_containers(
@@ -48,8 +48,6 @@ def export_containers(
     llama.cpp is asked only where llama-cpp-python is installed, else its figures are null. Raises ParityError,
     ContainerError.
     """
-    if unknown := set(also) - set(FILES):
-        raise ContainerError(f"[export] also: unknown containers {sorted(unknown)}; there are gguf and standard.")
     batch = collate(samples, pad_id)
     weights, config, labels = student.numpy_weights(), student.onnx_config(max_tokens), student.labels
     bake_int4(student.model)
