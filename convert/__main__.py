@@ -75,7 +75,11 @@ for _name, _help in {
 @click.option("--role", help="Only sets of this role (train, test, calibration, unlabelled, injection).")
 def corpora(role: str | None) -> None:
     """List the known sets: role, commercial use, rows, licence, origin."""
-    for entry in load_sets().values():
+    try:
+        sets = load_sets()
+    except EdgeguardError as error:
+        raise click.ClickException(str(error)) from error
+    for entry in sets.values():
         if role in (None, entry.role):
             urls = " ".join(origin_urls(entry))
             click.echo(f"{entry.role}\t{entry.name}\t{entry.commercial}\t{entry.rows}\t{entry.license}\t{urls}")

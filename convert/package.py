@@ -17,7 +17,7 @@ from edgeguard.errors import EdgeguardError
 from edgeguard.manifest import FORMAT, FORMAT_VERSION
 from edgeguard.prompt import Template
 
-__all__ = ["SELF_TEST_TEXTS", "make_manifest", "put_in_place"]
+__all__ = ["SELF_TEST_TEXTS", "commit_of", "make_manifest", "put_in_place"]
 
 # Margins of other processors' kernels differ by a few hundredths; a damaged model's by whole units.
 SELF_TEST_TOLERANCE = 0.5
@@ -27,6 +27,7 @@ SELF_TEST_TEXTS: tuple[tuple[str, str | None], ...] = (
     ("How do I pick a lock?", "I can't help with that. A locksmith can."),
 )
 HERE = Path(__file__).resolve().parent
+CODE = ("convert", "edgeguard")  # what makes a bundle, beside the recipe
 
 
 class PackageError(EdgeguardError):
@@ -75,14 +76,33 @@ def make_manifest(
             "recipe": f"convert/recipes/{recipe.path.name}",
             "recipe_sha256": recipe.sha256,
             "data_sha256": data_sha256,
-            "commit": _commit(),
+            "commit": commit_of(HERE.parent, recipe.path),
         },
     }
 
 
-def _commit() -> str | None:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+def commit_of(checkout: Path, recipe: Path) -> str | None:
+    """The commit of ``checkout``, with ``-dirty`` where it alone would not make the same bundle; None without git.
+
+    Dirty is a change in ``convert/`` or ``edgeguard/`` that is not committed, or a ``recipe`` that is changed or not in
+    the commit at all.
+    """
+    commit = _git(checkout, "rev-parse", "--verify", "HEAD")
+    if not commit or not _git(checkout, "ls-files", "--", *CODE):  # another repository, which this is no part of
+        return None
+    recipe = recipe.resolve()
+    known = _git(checkout, "ls-files", "--error-unmatch", "--", str(recipe))
+    changed = _git(checkout, "status", "--porcelain", "--", *CODE, *([str(recipe)] if known else []))
+    return commit if known and changed == "" else f"{commit}-dirty"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says; None where it fails or is not there."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def put_in_place(staged: Path, target: Path, max_bytes: int | None = None) -> None:

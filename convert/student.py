@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convert.files import read_json, write_json, write_whole
+from convert.quantize import GROUP_SIZE
 from edgeguard.errors import EdgeguardError
 from edgeguard.taxonomy import HAZARDS
 
@@ -32,6 +33,7 @@ class StudentError(EdgeguardError):
 
 
 HEAD = ("safe", "unsafe", *HAZARDS)
+OTHER_BASE = "Take another base model."
 
 
 class Student(nn.Module):
@@ -98,7 +100,8 @@ class Student(nn.Module):
     def onnx_config(self, max_tokens: int) -> StudentConfig:
         """The shape that every container is built from.
 
-        Raises RopeError for RoPE scaling that they cannot hold, StudentError for a body that is no Llama.
+        Raises RopeError for RoPE scaling that they cannot hold, StudentError for anything else that they cannot: a body
+        that is no Llama, weights beside a Llama's usual ones (biases), widths that INT4 groups do not divide.
         """
         from convert.export.onnx_graph import StudentConfig
         from convert.export.rope import rope_factors
@@ -106,20 +109,43 @@ class Student(nn.Module):
         config = self.model.config
         if config.model_type != "llama":
             raise StudentError(f"a student is exported as a Llama, this base is a {config.model_type}.")
-        return StudentConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope_theta,
-            max_tokens=max_tokens,
-            head_size=len(self.labels),
-            rope_factors=rope_factors(config),
-        )
+        for name, held in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
+            if (found := getattr(config, name, held)) != held:
+                raise StudentError(f"containers hold a Llama with {name} {held}, this base has {found}. {OTHER_BASE}")
+        try:
+            shape = StudentConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_layers=config.num_hidden_layers,
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                rms_norm_eps=config.rms_norm_eps,
+                rope_theta=config.rope_theta,
+                max_tokens=max_tokens,
+                head_size=len(self.labels),
+                rope_factors=rope_factors(config),
+            )
+        except ValueError as error:
+            raise StudentError(f"no container holds this base: {error} {OTHER_BASE}") from error
+        self._check_weights(shape.shapes())
+        return shape
+
+    def _check_weights(self, held: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse weights that are not those that containers hold (``held``: name -> shape), or that INT4 cannot be."""
+        found = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        if other := [name for name in {**found, **held} if found.get(name) != held.get(name)]:
+            name = other[0]
+            raise StudentError(
+                f"containers hold {name} as {held.get(name, 'nothing')}, this base has {found.get(name, 'none')} "
+                f"(and {len(other) - 1} more such weights). {OTHER_BASE}"
+            )
+        for name, shape in held.items():
+            if name.startswith("model.") and len(shape) == 2 and shape[1] % GROUP_SIZE:
+                raise StudentError(
+                    f"{name}: expected a width that INT4 groups of {GROUP_SIZE} divide, found {shape}. {OTHER_BASE}"
+                )
 
     def save(self, folder: Path) -> None:
         """Write ``student.safetensors`` and ``student.json`` (config and labels)."""

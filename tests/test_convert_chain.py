@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from click.testing import CliRunner  # noqa: E402
 
 from convert import steps  # noqa: E402
 from convert.__main__ import main  # noqa: E402
+from convert.corpora.registry import CorpusError  # noqa: E402
 from convert.recipe import Recipe, RecipeError, load_recipe  # noqa: E402
-from convert.smoke import requests, write_base, write_data  # noqa: E402
+from convert.smoke import requests, row, write_base, write_data, write_sets  # noqa: E402
+from convert.student import StudentError  # noqa: E402
 from edgeguard import Guard  # noqa: E402
 from edgeguard.errors import ParityError  # noqa: E402
 
@@ -94,6 +97,67 @@ def test_a_changed_recipe_does_not_reuse_old_results(recipe: Recipe, world: dict
         steps.train(load_recipe(changed, world["build"], world["models"]))
 
 
+def test_what_a_step_was_made_from_is_the_recipes_own_table(recipe: Recipe) -> None:
+    def kept(step: str) -> Any:
+        return json.loads((recipe.build / step / "inputs.json").read_text())
+
+    assert kept("corpus") == {"corpus": recipe.corpus}
+    assert kept("teacher") == {
+        **{k: recipe.teacher[k] for k in ("base", "layers", "train")},
+        "data": kept("train")["data"],
+    }
+    assert {"student": recipe.student, "base": recipe.base}.items() <= kept("student").items()
+    assert {"train": recipe.train, "distill": recipe.distill}.items() <= kept("train").items()
+    assert (kept("qat")["qat"], kept("gptq")["roads"]) == (recipe.qat, recipe.roads)
+    assert kept("export")["export"] == recipe.export
+    done = json.loads((recipe.build / "scores.done.json").read_text())
+    assert done["teacher"] == recipe.teacher
+    assert done["asked"] == {**{k: recipe.distill[k] for k in ("unlabelled", "judged")}, "data": kept("train")["data"]}
+
+
+def test_a_step_that_made_nothing_takes_other_settings(recipe: Recipe, tmp_path: Path) -> None:
+    """What a mix of unusable sets has left behind must not stand in the way of the corrected recipe."""
+    text = recipe.path.read_text()
+    (tmp_path / "wrong.toml").write_text(text.replace("tiny_train =", "tiny_test ="))
+    with pytest.raises(CorpusError, match="tiny_test: role test"):
+        steps.corpus(load_recipe(tmp_path / "wrong.toml", tmp_path / "build"))
+    assert steps.corpus(load_recipe(recipe.path, tmp_path / "build")).is_file()
+    with pytest.raises(RecipeError, match="made from other settings"):
+        steps.corpus(load_recipe(tmp_path / "wrong.toml", tmp_path / "build"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "tiny_unsafe: expected rows with a label, found none"),
+        ([row("tiny_unsafe", 0, "How do I rob the old shop?", None)], "tiny_unsafe: expected rows with a label"),
+    ],
+)
+def test_a_test_set_without_labels_is_refused_before_training(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Any], message: str
+) -> None:
+    known = {r: requests(r, 60, 9 + i) for i, r in enumerate(("tiny_test", "tiny_calibration", "tiny_train"))}
+    sets = {name: ({"role": name.removeprefix("tiny_")}, found) for name, found in known.items()}
+    monkeypatch.setenv("EDGEGUARD_DATA", str(write_sets(tmp_path, {**sets, "tiny_unsafe": ({"role": "test"}, rows)})))
+    with pytest.raises(CorpusError, match=message):
+        steps.corpus(load_recipe(recipe.path, tmp_path / "build"))
+    assert not (tmp_path / "build" / "corpus" / "mix.jsonl.gz").exists()
+
+
+def test_a_base_that_no_container_holds_is_refused_before_training(recipe: Recipe, tmp_path: Path) -> None:
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    base = shutil.copytree(recipe.base["folder"], tmp_path / "base")
+    config = AutoConfig.from_pretrained(base)
+    config.attention_bias = True
+    LlamaForCausalLM(config).save_pretrained(base)
+    write_recipe(tmp_path / "biased.toml", base)
+    shutil.copytree(recipe.build / "corpus", tmp_path / "build" / "corpus")
+    with pytest.raises(StudentError, match=r"self_attn\.q_proj\.bias as nothing, this base has \(64,\) \(and 11 more"):
+        steps.student(load_recipe(tmp_path / "biased.toml", tmp_path / "build"))
+    assert not (tmp_path / "build" / "student" / "student.safetensors").exists()
+
+
 def _next(recipe: Recipe, folder: Path, changes: tuple[str, str] = ("", "")) -> Recipe:
     """A recipe that starts from ``recipe``'s student, whose results it finds made."""
     text = recipe.path.read_text()
@@ -108,6 +172,11 @@ def test_training_starts_from_another_recipes_student(recipe: Recipe, tmp_path: 
     following = _next(recipe, tmp_path)
     assert steps.student(following) == tmp_path / "build" / "start" / "train" / "final"
     assert not (tmp_path / "build" / "student").exists()
+
+
+def test_a_trimmed_start_brings_its_own_vocabulary(recipe: Recipe, tmp_path: Path) -> None:
+    following = _next(recipe, tmp_path, ("creative = 10", "creative = 20"))
+    assert steps.trimmed_base(following) == tmp_path / "build" / "start" / "trimmed"
 
 
 def test_a_start_of_another_shape_is_refused(recipe: Recipe, tmp_path: Path) -> None:
@@ -160,7 +229,7 @@ def test_unknown_recipe_and_keys_are_named(tmp_path: Path, world: dict[str, Path
         load_recipe(tmp_path / "none.toml")
     odd = tmp_path / "odd.toml"
     odd.write_text(world["recipe"].read_text().replace("[qat]", "[quat]"))
-    with pytest.raises(RecipeError, match=r"missing \['qat'\], unknown \['quat'\]"):
+    with pytest.raises(RecipeError, match=r"\[qat\] is missing"):
         load_recipe(odd)
     result = CliRunner().invoke(main, ["train", str(odd)])
-    assert result.exit_code == 1 and "unknown" in result.output
+    assert result.exit_code == 1 and "the nearest is qat" in result.output

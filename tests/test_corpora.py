@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from convert.corpora.augment import constructed_answers, constructed_responses, neutral_names
 from convert.corpora.constructed import constructed_requests
-from convert.corpora.mix import build_mix, check_no_test_rows, leak_keys, normalise, unlabelled_rows
+from convert.corpora.mix import (
+    MixedRow,
+    build_mix,
+    check_calibration,
+    check_no_test_rows,
+    check_splits,
+    labelled_rows,
+    leak_keys,
+    normalise,
+    unlabelled_rows,
+)
 from convert.corpora.registry import DEFAULT_DATA, CorpusError, Row, get_set, load_sets, origin_urls, read_set
 from convert.recipe import load_recipe
 from convert.smoke import requests, row, write_data, write_sets
 
+KINDS = [(target, label) for target in ("prompt", "response") for label in ("safe", "unsafe")]
 WANTED = {"tiny_train": {"safe": 100, "unsafe": 80, "weight": 0.5}}
 
 
@@ -49,6 +64,170 @@ def test_no_data_folder_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("EDGEGUARD_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(CorpusError, match="Set EDGEGUARD_DATA"):
         read_set("xstest")
+
+
+ROW = row("s", 0, "How do I bake bread?", "safe")
+ANSWER = row("s", 1, "How do I bake bread?", "safe", "Knead it.")
+TURNS = [{"role": "user", "content": "Hello"}, {"role": "user", "content": ROW["prompt"]}]
+
+
+def _own_set(folder: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Any], role: str = "train") -> Path:
+    """A data folder with the set ``s`` alone, in any shape."""
+    monkeypatch.setenv("EDGEGUARD_DATA", str(write_sets(folder, {"s": ({"role": role}, rows)})))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": ...}, "id is missing; expected a text that is not empty"),
+        ({"id": ""}, "id: expected a text that is not empty, found ''"),
+        ({"id": 7}, "id: expected a text that is not empty, found 7"),
+        ({"label": "harmful"}, "label: expected one of safe, unsafe, null, found 'harmful'"),
+        ({"label": ...}, "label is missing"),
+        ({"target": "answer"}, "target: expected one of prompt, response, found 'answer'"),
+        ({"target": "response"}, "response: expected a text, since target is response; found null"),
+        ({"prompt": " "}, "prompt: expected a text, since the row has a label and target is prompt; found ' '"),
+        ({"prompt": ["a"]}, "prompt: expected a text or null, found"),
+        ({"hazards": ["S15"]}, r"hazards: expected a list of hazards, each one of S1, .*S14, found \['S15'\]"),
+        ({"hazards": "S1"}, "hazards: expected a list of hazards"),
+        ({"hazards": None}, "hazards: expected a list of hazards"),
+        ({"turns": "Hello"}, "turns: expected null or a list of turns"),
+        ({"turns": [{"role": "user"}]}, "turns: expected null or a list of turns"),
+        ({"turns": [{"role": "human", "content": "Hi"}]}, "turns: expected null or a list of turns, each with a role"),
+        (
+            {"turns": [*TURNS[:1], {"role": "assistant", "content": ROW["prompt"]}]},
+            "turns: expected the prompt to be the last turn's, of the role user; found the role 'assistant'",
+        ),
+    ],
+)
+def test_a_row_of_a_wrong_shape_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    wrong = {key: value for key, value in {**ROW, **changes}.items() if value is not ...}
+    _own_set(tmp_path, monkeypatch, [ANSWER, wrong])
+    with pytest.raises(CorpusError, match=rf"s\.jsonl\.gz: line 2: {message}"):
+        read_set("s")
+
+
+def test_rows_may_say_more_and_have_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _own_set(tmp_path, monkeypatch, [{**ROW, "turns": TURNS, "annotator": 3}, {**ANSWER, "turns": None, "lang": None}])
+    first, second = read_set("s")
+    assert first.messages() == [("user", "Hello"), ("user", ROW["prompt"])]
+    assert second.messages()[-1] == ("assistant", "Knead it.") and second.lang == "en"
+
+
+def test_lines_and_files_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _own_set(tmp_path, monkeypatch, [ROW, [1]])
+    with pytest.raises(CorpusError, match=r"line 2: expected a table, found \[1\]"):
+        read_set("s")
+    _own_set(tmp_path, monkeypatch, [ROW, ROW])
+    with pytest.raises(CorpusError, match="s: expected ids of which none stands twice, found 's:0' twice"):
+        read_set("s")
+    (tmp_path / "train" / "s.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(CorpusError, match=r"s\.jsonl\.gz: expected a gzip file"):
+        read_set("s")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rows": 3},
+            r"s\.jsonl\.gz: 2 rows, expected 3\. Fetch the set again; where it is your own, correct sets\.json",
+        ),
+        ({"sha256": "0" * 64}, r"sha256 [0-9a-f]{64}, expected 0{64}\. Fetch"),
+        (
+            {"sha256": "of the text"},
+            r"sets\.json: \[s\] sha256: expected 64 lower-case hex digits, found 'of the text'",
+        ),
+        ({"license": ...}, r"sets\.json: \[s\] license is missing"),
+        ({"role": "training"}, r"sets\.json: \[s\] role: expected one of train, calibration, test, .*found 'training'"),
+        ({"commercial": True}, r"sets\.json: \[s\] commercial: expected one of yes, no, verify, found True"),
+        ({"rows": "2"}, r"sets\.json: \[s\] rows: expected a whole number from 0, found '2'"),
+    ],
+)
+def test_an_entry_that_is_wrong_or_of_another_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    _own_set(tmp_path, monkeypatch, [ROW, ANSWER])
+    assert len(read_set("s")) == 2
+    entry = {**json.loads((tmp_path / "sets.json").read_text())["s"], **changes}
+    (tmp_path / "sets.json").write_text(json.dumps({"s": {key: v for key, v in entry.items() if v is not ...}}))
+    with pytest.raises(CorpusError, match=message):
+        read_set("s")
+
+
+def test_a_table_of_sets_that_is_no_json_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _own_set(tmp_path, monkeypatch, [ROW])
+    (tmp_path / "sets.json").write_text("{'s': 1}")
+    with pytest.raises(CorpusError, match=r"sets\.json: expected JSON, found Expecting property name"):
+        load_sets()
+
+
+def test_what_is_measured_has_labels_and_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _own_set(tmp_path, monkeypatch, [{**ROW, "label": None}, ANSWER], "test")
+    assert [r.id for r in labelled_rows("s")] == ["s:1"]
+    _own_set(tmp_path, monkeypatch, [{**ROW, "label": None}], "test")
+    with pytest.raises(CorpusError, match="s: expected rows with a label, found none"):
+        labelled_rows("s")
+    _own_set(tmp_path, monkeypatch, [ROW, {**ANSWER, "response": ""}], "test")
+    with pytest.raises(CorpusError, match="s: s:1: expected a text to judge, found none"):
+        labelled_rows("s")
+
+
+def test_rows_without_an_answer_to_judge_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _own_set(tmp_path, monkeypatch, [ROW, {**ANSWER, "response": ""}])
+    assert [m.row.id for m in build_mix({"s": {"safe": 9}}, {}, seed=1, keys=set()).rows] == ["s:0"]
+
+
+def test_two_sets_with_the_same_ids_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {**ROW, "prompt": "How do I paint a fence?"}
+    sets = {"s": ({"role": "train"}, [ROW]), "t": ({"role": "train"}, [other])}
+    monkeypatch.setenv("EDGEGUARD_DATA", str(write_sets(tmp_path, sets)))
+    with pytest.raises(CorpusError, match="s and t: expected ids of which none stands twice, found 's:0' twice"):
+        build_mix({"s": {"safe": 1}, "t": {"safe": 1}}, {}, seed=1, keys=set())
+
+
+def test_a_mix_needs_rows_to_train_on_to_validate_with_and_to_calibrate_on() -> None:
+    rows = [Row(f"r:{i}", "r", t, label, "Q", "A") for i, (t, label) in enumerate(KINDS)]
+    check_splits([MixedRow(rows[0], split, 1.0) for split in ("train", "validation")])
+    with pytest.raises(CorpusError, match="expected rows in its validation split, found none among 1 rows"):
+        check_splits([MixedRow(rows[0], "train", 1.0)])
+    with pytest.raises(CorpusError, match="expected rows in its train split, found none among 0 rows"):
+        check_splits([])
+    check_calibration(rows)
+    with pytest.raises(CorpusError, match="expected safe prompts, found no rows"):
+        check_calibration([])
+    with pytest.raises(
+        CorpusError, match="expected unsafe responses, found 1 safe prompts, 1 safe responses, 1 unsafe"
+    ):
+        check_calibration(rows[:3])
+
+
+def test_the_keys_of_the_tests_are_read_again_only_when_a_file_has_changed(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert.corpora import mix
+
+    read: list[str] = []
+
+    def counted(name: str) -> list[Row]:
+        read.append(name)
+        return read_set(name)
+
+    monkeypatch.setattr(mix, "read_set", counted)
+    first = leak_keys(["tiny_test"])
+    first_read = list(read)
+    first.add("a caller's own")
+    assert "a caller's own" not in leak_keys(["tiny_test"]) and read == first_read == ["tiny_test", "tiny_unsafe"]
+    path = data / "test" / "tiny_test.jsonl.gz"
+    os.utime(path, ns=(1, 1))
+    assert leak_keys(["tiny_test"]) == first - {"a caller's own"} and len(read) == 4
+    rows = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(rows + b"\n"))
+    with pytest.raises(CorpusError, match="sha256"):
+        leak_keys(["tiny_test"])
 
 
 def test_every_known_set_states_licence_rule_and_origin() -> None:
@@ -182,11 +361,6 @@ def test_constructed_requests_are_different_repeatable_and_labelled() -> None:
     assert len({normalise(r.prompt) for r in made}) == len(made)
     assert {r.set for r in made if r.label == "unsafe"} == {"constructed_copies"}
     assert made == constructed_requests(wanted, answers, seed=1) != constructed_requests(wanted, answers, seed=2)
-
-
-def test_unknown_kinds_are_named() -> None:
-    with pytest.raises(CorpusError, match=r"unknown kinds \['creatives'\]"):
-        build_mix({}, {"creatives": 3}, seed=1, keys=set())
 
 
 def test_answers_go_along_or_warn_in_the_questions_own_words() -> None:

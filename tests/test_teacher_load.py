@@ -76,18 +76,12 @@ def test_a_repository_on_the_hub(tiny: TinyJudges, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({}, r"\[teacher\] has no `kind`; those that load a known judge are transformers, gguf"),
-        ({"kind": "magic"}, "has the kind 'magic'; those"),
-        ({"kind": "transformers"}, r"of kind 'transformers' lacks model\. It takes model, guard"),
-        ({"kind": "gguf", "guard": GUARD}, "of kind 'gguf' lacks file"),
-        ({"kind": "transformers", "model": "a/b", "file": "x", "quick": 1}, "takes model, .*, not file, quick"),
-        ({"kind": "gguf", "file": "x.gguf"}, f"does not say which judge it is. Set `guard` to one of .*{GUARD}"),
         ({"kind": "transformers", "model": "a/b"}, "no template known for 'a/b'. Name one of .* as `guard`"),
         ({"kind": "gguf", "file": "x.gguf", "guard": "best"}, "no template known for 'best'"),
         ({"kind": "gguf", "file": "none.gguf", "guard": GUARD}, "none.gguf: no such file. Name a GGUF"),
     ],
 )
-def test_tables_that_cannot_be_followed(tmp_path: Path, table: dict[str, Any], message: str) -> None:
+def test_judges_that_cannot_be_had(tmp_path: Path, table: dict[str, Any], message: str) -> None:
     with pytest.raises(TeacherError, match=message):
         load_teacher(table, tmp_path)
 

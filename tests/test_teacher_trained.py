@@ -82,6 +82,19 @@ def test_only_the_adapter_above_the_frozen_layers_and_the_head_learn(base: Path,
             assert torch.equal(weight, fresh[plain]), name
 
 
+def test_its_first_weights_are_the_seeds(base: Path) -> None:
+    found, drawn = [], []
+    for before, seed in ((1, 5), (2, 5), (1, 6)):
+        student = Student.from_base(base, 2)
+        torch.manual_seed(before)
+        add_adapter(student, LORA, FROZEN, seed=seed)
+        drawn.append(torch.rand(1).item())
+        found.append([p for name, p in student.named_parameters() if "lora_A" in name])
+    first, again, other = found
+    assert len(first) == 7 and all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
+    assert drawn[0] == drawn[2] != drawn[1]  # nobody else's random numbers are touched
+
+
 def test_it_comes_back_merged_and_says_the_same(base: Path, trained: tuple[Student, Path]) -> None:
     student, folder = trained
     merged, expected = load_adapter(base, folder), logits(student, base)

@@ -13,20 +13,37 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from convert.corpora.augment import constructed_answers, constructed_responses, neutral_names
 from convert.corpora.constructed import KINDS, constructed_requests
-from convert.corpora.registry import CorpusError, Row, get_set, load_sets, read_set, set_path
+from convert.corpora.registry import (
+    CorpusError,
+    Row,
+    Stamp,
+    check_ids,
+    get_set,
+    load_sets,
+    read_set,
+    set_path,
+    stamp,
+)
+from edgeguard.prompt import TARGETS
+from edgeguard.taxonomy import SAFE, UNSAFE
 
 __all__ = [
+    "CONSTRUCTED_KINDS",
     "HELD_OUT_NAME",
     "Mix",
     "MixedRow",
     "build_mix",
+    "check_calibration",
     "check_no_test_rows",
+    "check_splits",
     "held_out_rows",
     "is_noisy",
+    "labelled_rows",
     "leak_keys",
     "normalise",
     "row_keys",
@@ -38,6 +55,8 @@ CALIBRATION_PER_MILLE = 50
 VALIDATION_PER_MILLE = 20
 HELD_OUT_SET = "orbench_hard"
 HELD_OUT_NAME = "orbench_hard_held_out"
+# What [corpus.constructed] may ask for.
+CONSTRUCTED_KINDS = ("refusals", "echoes", "answers", *KINDS)
 # Texts this short ("hello") stand in every set; equal ones are no leak.
 SHORTEST_LEAK = 12
 
@@ -81,20 +100,46 @@ def _is_held_out(row: Row) -> bool:
     return row.set == HELD_OUT_SET and _hash(normalise(row.prompt)) % 3 == 0
 
 
+def labelled_rows(name: str) -> list[Row]:
+    """The labelled rows of a set that is measured or calibrated on, which may be the held-out third.
+
+    Raises CorpusError when there are none, or when one has no text to judge.
+    """
+    rows = [row for row in _rows_of(name) if row.label]
+    if not rows:
+        raise CorpusError(f"{name}: expected rows with a label, found none. Label them, or take it out of the recipe.")
+    if blank := [row.id for row in rows if not _has_text(row)]:
+        raise CorpusError(f"{name}: {blank[0]}: expected a text to judge, found none. Correct the row or remove it.")
+    return rows
+
+
+def _rows_of(name: str) -> list[Row]:
+    return held_out_rows() if name == HELD_OUT_NAME else read_set(name)
+
+
+def _has_text(row: Row) -> bool:
+    messages = row.messages()
+    return bool(messages and messages[-1][1].strip())
+
+
 def leak_keys(needed: Iterable[str]) -> set[str]:
     """Normalised texts of the test sets (and of the held-out third): what training may not contain.
 
-    ``needed``: test sets that must be there; every other test set in the data folder counts as well.
+    ``needed``: test sets that must be there; every other test set in the data folder counts as well. Read again only
+    when a file has changed.
     """
     names = {entry.name for entry in load_sets().values() if entry.role == "test" and set_path(entry.name).is_file()}
-    keys: set[str] = set()
-    for name in sorted(names | (set(needed) - {HELD_OUT_NAME})):
-        for row in read_set(name):
-            keys |= row_keys(row)
+    names |= set(needed) - {HELD_OUT_NAME}
     if set_path(HELD_OUT_SET).is_file():
-        for row in held_out_rows():
-            keys |= row_keys(row)
-    return keys
+        names.add(HELD_OUT_NAME)
+    paths = {name: set_path(HELD_OUT_SET if name == HELD_OUT_NAME else name) for name in sorted(names)}
+    return set(_keys_of(tuple((name, stamp(path)) for name, path in paths.items())))
+
+
+@lru_cache(maxsize=4)
+def _keys_of(sets: tuple[tuple[str, Stamp | None], ...]) -> frozenset[str]:
+    """The keys of the sets named, whose files stand as stamped."""
+    return frozenset(key for name, _ in sets for row in _rows_of(name) for key in row_keys(row))
 
 
 def row_keys(row: Row) -> set[str]:
@@ -123,7 +168,7 @@ def build_mix(
     ``sets``: name -> {"safe": cap, "unsafe": cap, "weight": loss weight}; ``constructed``: kind -> rows made
     here (see :mod:`~convert.corpora.constructed` and ``augment``); ``keys``: see :func:`leak_keys`. Raises
     CorpusError for a set that is not a commercial-use train set. Rows that share text with a test set or with an
-    earlier row are left out and counted.
+    earlier row are left out and counted; so are, uncounted, rows without a text to judge.
     """
     seen: set[str] = set()
     rows: list[MixedRow] = []
@@ -135,11 +180,35 @@ def build_mix(
                 f"{name}: role {entry.role}, commercial use {entry.commercial}; a shipped model may not train on it."
             )
         counts[name] = Counter()
-        candidates = [neutral_names(row) for row in read_set(name) if row.label and not _is_held_out(row)]
-        rows += _take(candidates, wanted, seed, keys, seen, counts[name])
+        usable = [row for row in read_set(name) if row.label and _has_text(row) and not _is_held_out(row)]
+        rows += _take([neutral_names(row) for row in usable], wanted, seed, keys, seen, counts[name])
     rows += _constructed([m.row for m in rows if m.split == "train"], constructed, seed, keys)
+    check_ids(m.row for m in rows)
     check_no_test_rows((m.row for m in rows), keys)
     return Mix(rows, _manifest(rows, counts, seed))
+
+
+def check_splits(rows: Iterable[MixedRow]) -> None:
+    """Raise CorpusError unless a mix has rows to train on and rows to validate with."""
+    counts = Counter(mixed.split for mixed in rows)
+    for split in ("train", "validation"):
+        if not counts[split]:
+            raise CorpusError(
+                f"the mix: expected rows in its {split} split, found none among {counts.total()} rows "
+                f"({VALIDATION_PER_MILLE} in 1,000 validate, by the hash of their text). Add rows to [corpus.sets]."
+            )
+
+
+def check_calibration(rows: Iterable[Row]) -> None:
+    """Raise CorpusError unless there are safe and unsafe prompts, and safe and unsafe responses, to calibrate on."""
+    counts = Counter((row.label, row.target) for row in rows)
+    for label, target in [(label, target) for target in TARGETS for label in (SAFE, UNSAFE)]:
+        if not counts[label, target]:
+            found = ", ".join(f"{n} {a} {b}s" for (a, b), n in sorted(counts.items(), key=str)) or "no rows"
+            raise CorpusError(
+                f"the calibration split: expected {label} {target}s, found {found}. Add rows to [corpus.sets] "
+                f"({CALIBRATION_PER_MILLE} in 1,000 calibrate), or name a set that has some in [calibrate]."
+            )
 
 
 def unlabelled_rows(sets: Mapping[str, int], seed: int, keys: set[str]) -> list[Row]:
@@ -156,8 +225,7 @@ def unlabelled_rows(sets: Mapping[str, int], seed: int, keys: set[str]) -> list[
                 f"{name}: role {entry.role}, commercial use {entry.commercial}; [distill] takes unlabelled sets alone, "
                 "and of them those that a shipped model may learn from."
             )
-        written = [row for row in read_set(name) if row.messages() and row.messages()[-1][1].strip()]
-        clear = {_row_key(row): row for row in written if keys.isdisjoint(row_keys(row))}
+        clear = {_row_key(row): row for row in read_set(name) if _has_text(row) and keys.isdisjoint(row_keys(row))}
         rows += shuffled_by_text(clear.values(), seed)[:most]
     return rows
 
@@ -175,8 +243,6 @@ def is_noisy(row: Row) -> bool:
 
 def _constructed(rows: list[Row], wanted: Mapping[str, int], seed: int, keys: set[str]) -> list[MixedRow]:
     """Rows made from ``rows`` and from parts: for training only, since they share their parts."""
-    if unknown := set(wanted) - {"refusals", "echoes", "answers", *KINDS}:
-        raise CorpusError(f"[corpus.constructed]: unknown kinds {sorted(unknown)}.")
     refusals, echoes = wanted.get("refusals", 0), wanted.get("echoes", 0)
     made = constructed_responses(rows, seed, refusals=refusals, echoes=echoes)
     made += constructed_answers(rows, seed, wanted.get("answers", 0))

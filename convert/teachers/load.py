@@ -14,20 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.teachers.formats import GuardFormat, TeacherError, find_format, load_formats
+from convert.teachers.formats import TeacherError, find_format
 from convert.teachers.judge import Judge
 
 if TYPE_CHECKING:
     from convert.teachers.judge import LanguageModel
 
-__all__ = ["KEYS", "load_teacher"]
+__all__ = ["load_teacher"]
 
-# The keys of each kind beside `kind`; those that must be there are first.
-REQUIRED = {"transformers": ("model",), "gguf": ("file",)}
-KEYS = {
-    "transformers": ("model", "guard", "revision", "max_tokens"),
-    "gguf": ("file", "guard", "model", "revision", "max_tokens", "threads"),
-}
 MAX_TOKENS = 2048
 ANSWER_TOKENS = 128  # room for what the steps of a format say
 
@@ -40,34 +34,14 @@ def load_teacher(table: Mapping[str, Any], folder: Path) -> Judge:
     with ``model``, a file of that Hub repository; ``threads`` is llama.cpp's. Both: ``guard``, and ``max_tokens`` of a
     prompt (2,048 where it is left out).
 
-    Raises TeacherError for a table that it cannot follow, and for a model that is not the guard that it is said to be.
+    The table is one that :mod:`convert.recipe_tables` allows. Raises TeacherError for a guard that is not known, and
+    for a model that cannot be had or is not the guard that it is said to be.
     """
-    kind = _check_keys(table)
-    form = _format(table)
+    form = find_format(str(table.get("guard") or table.get("model")))
     max_tokens = table.get("max_tokens", MAX_TOKENS)
-    model = _transformers(table) if kind == "transformers" else _gguf(table, folder, max_tokens + ANSWER_TOKENS)
+    by_transformers = table["kind"] == "transformers"
+    model = _transformers(table) if by_transformers else _gguf(table, folder, max_tokens + ANSWER_TOKENS)
     return Judge(model, form, max_tokens=max_tokens)
-
-
-def _check_keys(table: Mapping[str, Any]) -> str:
-    """The kind of a table that has what its kind needs, and no more."""
-    kind = table.get("kind")
-    if kind not in KEYS:
-        found = "no `kind`" if kind is None else f"the kind {kind!r}"
-        raise TeacherError(f"[teacher] has {found}; those that load a known judge are {', '.join(KEYS)}.")
-    if missing := [key for key in REQUIRED[kind] if not table.get(key)]:
-        raise TeacherError(f"[teacher] of kind {kind!r} lacks {', '.join(missing)}. It takes {', '.join(KEYS[kind])}.")
-    if unknown := sorted(set(table) - {"kind", *KEYS[kind]}):
-        raise TeacherError(f"[teacher] of kind {kind!r} takes {', '.join(KEYS[kind])}, not {', '.join(unknown)}.")
-    return str(kind)
-
-
-def _format(table: Mapping[str, Any]) -> GuardFormat:
-    name = table.get("guard") or table.get("model")
-    if not name:
-        known = ", ".join(load_formats())
-        raise TeacherError(f"[teacher] does not say which judge it is. Set `guard` to one of {known}.")
-    return find_format(str(name))
 
 
 def _transformers(table: Mapping[str, Any]) -> LanguageModel:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
 __all__ = ["TrainedTeacher", "add_adapter", "load_adapter", "merge_adapter", "save_adapter"]
 
 
-def add_adapter(student: Student, lora: dict[str, Any], freeze_layers: int = 0) -> Student:
+def add_adapter(student: Student, lora: dict[str, Any], freeze_layers: int = 0, *, seed: int = 0) -> Student:
     """Freeze the body of ``student`` and put a LoRA adapter on the linears above ``freeze_layers``, in place.
 
-    ``lora``: ``rank``, ``alpha``, ``dropout``. The head stays trainable.
+    ``lora``: ``rank``, ``alpha``, ``dropout``; ``seed`` decides the adapter's first weights. The head stays trainable.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -49,7 +50,9 @@ def add_adapter(student: Student, lora: dict[str, Any], freeze_layers: int = 0) 
         layers_pattern="layers",
         bias="none",
     )
-    student.model = get_peft_model(student.model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        student.model = get_peft_model(student.model, config)
     return student
 
 

@@ -1,0 +1,66 @@
+"""The steps of a recipe, in order; each reads what the one before wrote and is skipped when its own result is there.
+
+| file | steps |
+|---|---|
+| ``data.py`` | base, corpus |
+| ``teaching.py`` | teacher, label |
+| ``training.py`` | student, train, qat |
+| ``containers.py`` | roads, export |
+| ``measuring.py`` | evaluate |
+| ``bundling.py`` | package |
+
+``kept.py`` tells whether a result is there, ``runs.py`` is a training run. No file is named like a step, so that
+``convert.steps.evaluate`` is the step alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from convert.recipe import Recipe
+from convert.steps.bundling import package
+from convert.steps.containers import export, roads
+from convert.steps.data import _examples as _examples  # for tests
+from convert.steps.data import base, calibration_rows, corpus, evaluation_rows, read_mix, text_side, trimmed_base
+from convert.steps.measuring import evaluate, measure, stages
+from convert.steps.teaching import judge_tests, label, rows_to_judge, teacher
+from convert.steps.training import _blended as _blended  # for tests
+from convert.steps.training import qat, student, train
+
+__all__ = [
+    "ORDER",
+    "base",
+    "calibration_rows",
+    "corpus",
+    "evaluate",
+    "evaluation_rows",
+    "export",
+    "judge_tests",
+    "label",
+    "measure",
+    "package",
+    "qat",
+    "read_mix",
+    "roads",
+    "rows_to_judge",
+    "run",
+    "stages",
+    "student",
+    "teacher",
+    "text_side",
+    "train",
+    "trimmed_base",
+]
+
+ORDER = ("base", "corpus", "teacher", "label", "student", "train", "qat", "roads", "export", "evaluate", "package")
+
+
+def run(recipe: Recipe) -> Path:
+    """All steps in order; what is there already is kept."""
+    result = recipe.build
+    for name in ORDER:
+        click.echo(f"== {name}", err=True)
+        result = globals()[name](recipe)
+    return result
