@@ -132,7 +132,7 @@ def smoothing(recipe: Recipe) -> dict[str, np.ndarray]:
         target = Student.load(train(recipe))
         rows = _spread(_examples(recipe, "train", recipe.train["max_tokens"], source), SMOOTHING_ROWS)
         shifts = smoothing_shifts(input_magnitudes(target, _batches(rows, source)), target.numpy_weights())
-        write_whole(kept, lambda path: _save(path, lambda stream: np.savez(stream, **shifts)))
+        write_whole(kept, lambda path: _save(path, lambda stream: np.savez(stream, **shifts)))  # type: ignore[arg-type]
     with np.load(kept) as stored:
         return {name: stored[name] for name in stored.files}
 
