@@ -6,8 +6,9 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgeguard.bench.records import BenchError
@@ -15,6 +16,8 @@ from edgeguard.bench.records import BenchError
 __all__ = ["cache_folder", "cached", "scratch_folder", "write_whole"]
 
 CACHE_VARIABLE = "EDGEGUARD_CACHE"
+SCRATCH_PREFIX = "bench-"
+STALE_S = 24 * 3600.0
 
 
 def write_whole(file: Path, data: bytes) -> None:
@@ -64,10 +67,17 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder beside the cached ones (on a disk: the system's temporary folder may be memory), gone afterwards."""
+    """A folder beside the cached ones (on a disk: the system's temporary folder may be memory), gone afterwards.
+
+    One that a killed run left behind goes when it is a day old.
+    """
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="bench-", dir=cache_folder()))
+        for left in cache_folder().glob(f"{SCRATCH_PREFIX}*"):
+            with suppress(FileNotFoundError):  # its own run was faster
+                if time.time() - left.stat().st_mtime > STALE_S:
+                    shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=cache_folder()))
     except OSError as error:
         raise BenchError(
             f"{cache_folder()}: the cache folder cannot be written ({error.strerror}). Set {CACHE_VARIABLE} to another."

@@ -23,7 +23,7 @@ __all__ = ["best_of", "measure_limits"]
 LARGE = (1024, 2048, 4096)
 COPY_BYTES = 2**28
 LEAST_TRIALS, MOST_TRIALS = 4, 40
-TRIALS_S = 2.0
+TRIALS_S = 1.0
 CONTRIB = "com.microsoft"
 OPSET, IR_VERSION = 17, 8
 

@@ -351,13 +351,10 @@ class _Run:
         for number in range(rounds):
             for done, entrant in enumerate(rng.sample(engines, len(engines))):
                 self.progress.advance(number * len(engines) + done, rounds * len(engines))
-                first, second = self._conversation(tokens, f"turn {number}")
-                _, scratch = self._conversation(tokens, f"scratch {number}")
                 time.sleep(SETTLE_MS / 1000)
-                entrant.judge([first])
-                turn_ms = entrant.judge([second]).latency_ms
+                turn_ms = entrant.ask("judge a new turn", sample=asdict(self._conversation(tokens, f"turn {number}")))
                 time.sleep(SETTLE_MS / 1000)
-                scratch_ms = entrant.judge([scratch]).latency_ms
+                scratch_ms = entrant.judge([self._conversation(tokens, f"scratch {number}")]).latency_ms
                 if number >= self.request.warmup:
                     found[entrant.name][0].append(turn_ms)
                     found[entrant.name][1].append(scratch_ms)
@@ -366,11 +363,10 @@ class _Run:
             ratio = median(scratches) / median(turns)
             entrant.turn = Turn(tokens, tokens + TURN_ADDS, tuple(turns), tuple(scratches), ratio)
 
-    def _conversation(self, tokens: int, key: str) -> tuple[Sample, Sample]:
-        """A conversation of ``tokens`` tokens, and the same with an answer and a new turn."""
-        first = self.texts.sample(tokens, key)
-        earlier = (*first.messages, ("assistant", TURN_ANSWER))
-        return first, self.texts.sample(tokens + TURN_ADDS, key, earlier)
+    def _conversation(self, tokens: int, key: str) -> Sample:
+        """A conversation of ``tokens`` tokens, an answer, and a new turn."""
+        earlier = (*self.texts.sample(tokens, key).messages, ("assistant", TURN_ANSWER))
+        return self.texts.sample(tokens + TURN_ADDS, key, earlier)
 
     def _energy(self) -> Meter:
         """Joules of a call, where the system tells them."""

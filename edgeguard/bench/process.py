@@ -38,6 +38,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 ANSWER_WITHIN_S = 1800.0
 STOP_WITHIN_S = 5.0
+SIGKILL = 9  # Windows has no name for it
 QUOTED_LINES, QUOTED_CHARS = 4, 400
 
 
@@ -128,9 +129,7 @@ class Worker:
         self._errors.seek(0)
         lines = self._errors.read().decode("utf-8", "replace").split("\n")
         words = " ".join(line.strip() for line in lines if line.strip() and line)[-QUOTED_CHARS:]
-        hint = (
-            " Too little memory is a usual reason: ask for fewer engines or peers." if code == -signal.SIGKILL else ""
-        )
+        hint = " Too little memory is a usual reason: ask for fewer engines or peers." if code == -SIGKILL else ""
         return (
             f"{self.name}: its process ended while it was asked to {do} ({how}); nothing was recorded.{hint} "
             f"Its last words: {words or 'none'}"

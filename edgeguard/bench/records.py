@@ -314,7 +314,11 @@ class Sustain:
 
 @dataclass(frozen=True)
 class Turn:
-    """A new turn on a conversation that was judged just before, and a conversation as long that was not."""
+    """A new turn on a conversation that was judged just before, and a conversation as long that was not.
+
+    `tokens`: of the conversation with the new turn. Only the new turn is timed, through `Guard.conversation` where
+    there is one. `ratio`: median of `scratch_ms` / median of `turn_ms`.
+    """
 
     conversation_tokens: int
     tokens: int

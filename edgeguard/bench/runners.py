@@ -125,9 +125,30 @@ class GuardRunner:
         verdicts = [self._guard.classify(**items[0])] if len(items) == 1 else self._many(items)
         latency_ms = 1000 * (time.perf_counter() - start)
         for sample, verdict in zip(samples, verdicts, strict=True):
-            if verdict.tokens != len(sample.ids):
-                raise EngineError(f"expected a verdict on {len(sample.ids)} tokens, found one on {verdict.tokens}.")
+            _check_length(sample, verdict)
         return Reading(latency_ms, self._engine.ms, self._tokenizer.ms, verdicts[0].margin)
+
+    def turn(self, sample: Sample) -> float:
+        """Milliseconds of the last message of ``sample``, those before it having been judged one after the other.
+
+        Through ``Guard.conversation`` where this version of edgeguard has it, which need not read them again.
+        """
+        *earlier, last = sample.messages
+        begin = getattr(self._guard, "conversation", None)
+        if begin is not None:
+            conversation = begin()
+            for role, text in earlier:
+                conversation.classify(role, text)
+            start = time.perf_counter()
+            verdict = conversation.classify(*last)
+        else:
+            for count in range(1, len(earlier) + 1):
+                self._guard.classify(messages=_dialogue(sample.messages[:count]))
+            start = time.perf_counter()
+            verdict = self._guard.classify(messages=_dialogue(sample.messages))
+        latency_ms = 1000 * (time.perf_counter() - start)
+        _check_length(sample, verdict)
+        return latency_ms
 
     def _many(self, items: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         return self._guard.classify_many(items, batch_size=len(items))
@@ -136,4 +157,13 @@ class GuardRunner:
 def _item(sample: Sample) -> dict[str, Any]:
     if len(sample.messages) == 1:
         return {"text": sample.messages[0][1]}
-    return {"messages": [{"role": role, "content": text} for role, text in sample.messages]}
+    return {"messages": _dialogue(sample.messages)}
+
+
+def _dialogue(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in messages]
+
+
+def _check_length(sample: Sample, verdict: Verdict) -> None:
+    if verdict.tokens != len(sample.ids):
+        raise EngineError(f"expected a verdict on {len(sample.ids)} tokens, found one on {verdict.tokens}.")

@@ -67,7 +67,19 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
             rope_theta=500_000.0,
             max_tokens=2048,
             source="arXiv 2411.17713: Llama Guard 3-1B-INT4",
-        )
+        ),
+        "tiny": Shape(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=96,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            rope_theta=10_000.0,
+            max_tokens=128,
+            source="nobody's: to try the command in seconds",
+        ),
     }
 )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeguard.bench.memory import peak_bytes, private_bytes, resident_bytes
-from edgeguard.bench.runners import Runner, Sample
+from edgeguard.bench.runners import GuardRunner, Runner, Sample
 from edgeguard.errors import EdgeguardError
 
 __all__ = ["main"]
@@ -57,6 +57,7 @@ class Session:
             "load an engine": self.load_engine,
             "load a peer": self.load_peer,
             "judge": self.judge,
+            "judge a new turn": self.turn,
             "judge without pause": self.sustain,
             "tell its memory": self.memory,
             "write files for a peer": self.prepare,
@@ -67,8 +68,6 @@ class Session:
 
     def load_engine(self, name: str, bundle: str, threads: int) -> dict[str, Any]:
         """Load an engine through ``Guard.load``."""
-        from edgeguard.bench.runners import GuardRunner
-
         start = time.perf_counter()
         self._runner = runner = GuardRunner(name, Path(bundle), threads)
         return {
@@ -96,6 +95,11 @@ class Session:
     def judge(self, samples: Sequence[Any]) -> dict[str, Any]:
         """One call with ``samples`` as its batch."""
         return asdict(self._loaded.call([Sample.from_json(sample) for sample in samples]))
+
+    def turn(self, sample: Any) -> float:  # noqa: ANN401 - a sample as JSON
+        """Milliseconds of the last message of a conversation whose earlier ones were judged just before."""
+        assert isinstance(self._runner, GuardRunner)  # peers have no conversations
+        return self._runner.turn(Sample.from_json(sample))
 
     def sustain(self, batches: Sequence[Sequence[Any]], seconds: float) -> dict[str, Any]:
         """Call without pause, ``batches`` in turn, and look at clock and temperature once a second."""

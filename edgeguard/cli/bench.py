@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,7 @@ def _lengths(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 
 @click.command("bench", short_help="Measure speed, memory and energy on this machine.")
 @bundle_option
-@click.option("--shape", metavar="NAME", help="Measure a shape with untrained weights: llama-guard-3-1b-int4.")
+@click.option("--shape", metavar="NAME", help="Measure a shape with untrained weights: llama-guard-3-1b-int4, tiny.")
 @click.option("--engine", "engines", metavar="NAME", multiple=True, help="Repeatable. Default: all that can run.")
 @click.option(
     "--peers", "all_peers", is_flag=True, help="Measure other libraries on the same weights, where installed."
@@ -106,10 +108,24 @@ def bench_command(
 
         require_matplotlib()
     _check_names(settings["engines"], settings["peers"], shape)
-    with BenchProgress() as progress:
+    with _leaving_tidily(), BenchProgress() as progress:
         request = _request(shape, progress, **settings)
         record = _measure(request, progress)
     _write(record, json_file, markdown_file, plot_file)
+
+
+@contextmanager
+def _leaving_tidily() -> Iterator[None]:
+    """On SIGTERM, leave through every ``finally``: workers end, and gigabytes of files for peers go."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _only_compare(ctx: click.Context, allowed: set[str]) -> None:
