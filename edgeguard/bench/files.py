@@ -1,0 +1,94 @@
+"""Files of a run: written whole or not at all, and what can be made again kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from edgeguard.bench.records import BenchError
+
+__all__ = ["cache_folder", "cached", "scratch_folder", "write_whole"]
+
+CACHE_VARIABLE = "EDGEGUARD_CACHE"
+SCRATCH_PREFIX = "bench-"
+STALE_S = 24 * 3600.0
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write ``file`` under another name in its folder, then move it into place in one step."""
+    handle, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        Path(part).chmod(0o666 & ~_umask())
+        Path(part).replace(file)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """``$EDGEGUARD_CACHE``, else ``edgeguard`` in the platform's cache folder; not made here."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "edgeguard" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "edgeguard"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeguard"
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder ``name`` of the cache; ``make`` fills it the first time.
+
+    It is made beside its place and moved there in one step, so whoever dies leaves no half of it, and of two that make
+    it at once one wins. Raises BenchError when the cache cannot be written.
+    """
+    target = cache_folder() / name
+    if target.is_dir():
+        return target
+    with scratch_folder() as scratch:
+        part = scratch / name
+        part.mkdir()
+        make(part)
+        try:
+            part.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster
+                raise
+    return target
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder beside the cached ones (on a disk: the system's temporary folder may be memory), gone afterwards.
+
+    One that a killed run left behind goes when it is a day old.
+    """
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        for left in cache_folder().glob(f"{SCRATCH_PREFIX}*"):
+            with suppress(FileNotFoundError):  # its own run was faster
+                if time.time() - left.stat().st_mtime > STALE_S:
+                    shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=cache_folder()))
+    except OSError as error:
+        raise BenchError(
+            f"{cache_folder()}: the cache folder cannot be written ({error.strerror}). Set {CACHE_VARIABLE} to another."
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
