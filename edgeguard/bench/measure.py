@@ -62,9 +62,9 @@ __all__ = ["DEFAULT_TOKENS", "Progress", "Request", "measure", "schedule"]
 
 DEFAULT_TOKENS = (16, 32, 64, 128, 256, 512)
 USUAL_TOKENS = 64  # the length nearest to it serves where one length is enough: first verdict, energy, sustain
-SETTLE_MS = 20.0  # threads of onnxruntime and OpenMP spin for some milliseconds after their work is done
 TURN_ADDS = 32  # tokens of a new turn, the answer before it included
 TURN_ANSWER = "I see. Go on."
+TURN_TEXTS = ("turn", "scratch", "other")  # keys of the conversations that a round needs
 STEADY_TEXTS = 64  # texts that are judged in turn where calls follow each other without pause
 ENERGY_S, IDLE_S = 5.0, 1.0
 ENGINE, PEER = "engine", "peer"
@@ -86,7 +86,7 @@ class Request:
 
     ``engines``, ``tokens``: None for all that the bundle can run, for those of DEFAULT_TOKENS that it reads.
     ``all_peers``: a peer that is not installed is listed, not an error. ``threads``: None for one a physical core.
-    ``limits``: measure the machine as well. ``command``: for the record.
+    ``settle_ms``: pause before each call. ``limits``: measure the machine as well. ``command``: for the record.
     """
 
     bundle: Path
@@ -100,6 +100,7 @@ class Request:
     warmup: int = 3
     loads: int = 3
     seed: int = 0
+    settle_ms: float = 20.0
     turn_tokens: int | None = None
     sustain_s: float | None = None
     limits: bool = True
@@ -331,11 +332,15 @@ class _Run:
             self._digest(batches.values())
             for position, (name, tokens) in enumerate(calls):
                 self.progress.advance(number * len(calls) + position, rounds * len(calls))
-                time.sleep(SETTLE_MS / 1000)
+                self._settle()
                 reading = known[name].judge(batches[tokens])
                 if number >= warmup:
                     trial = Trial(number - warmup, position, **asdict(reading))
                     known[name].trials[tokens].append(trial)
+
+    def _settle(self) -> None:
+        """Threads of onnxruntime and OpenMP spin for some milliseconds after their work is done: let them."""
+        time.sleep(self.request.settle_ms / 1000)
 
     def _memory(self, entrant: Entrant) -> Memory:
         told = entrant.ask("tell its memory")
@@ -351,10 +356,11 @@ class _Run:
         for number in range(rounds):
             for done, entrant in enumerate(rng.sample(engines, len(engines))):
                 self.progress.advance(number * len(engines) + done, rounds * len(engines))
-                time.sleep(SETTLE_MS / 1000)
-                turn_ms = entrant.ask("judge a new turn", sample=asdict(self._conversation(tokens, f"turn {number}")))
-                time.sleep(SETTLE_MS / 1000)
-                scratch_ms = entrant.judge([self._conversation(tokens, f"scratch {number}")]).latency_ms
+                new, whole, other = (asdict(self._conversation(tokens, f"{kind} {number}")) for kind in TURN_TEXTS)
+                self._settle()
+                turn_ms = entrant.ask("judge a new turn", sample=new)
+                self._settle()
+                scratch_ms = entrant.ask("judge a conversation", sample=whole, other=other)
                 if number >= self.request.warmup:
                     found[entrant.name][0].append(turn_ms)
                     found[entrant.name][1].append(scratch_ms)
@@ -381,13 +387,16 @@ class _Run:
             meter.close()
         return told
 
-    def _energy_of(self, entrant: Entrant, meter: EnergyMeter) -> Energy:
+    def _energy_of(self, entrant: Entrant, meter: EnergyMeter) -> Energy | None:
+        """Calls between two readings; None when the counter stands still, as in some virtual machines."""
         start, joules = time.perf_counter(), meter.joules()
         time.sleep(IDLE_S)
         idle_watts = (meter.joules() - joules) / (time.perf_counter() - start)
         start, joules = time.perf_counter(), meter.joules()
         calls = len(entrant.ask("judge without pause", batches=self._steady_batches(), seconds=ENERGY_S)["ends_s"])
         used, seconds = meter.joules() - joules, time.perf_counter() - start
+        if used <= 0:
+            return None
         return Energy(self.usual, calls, seconds, used / calls, used / seconds, idle_watts)
 
     def _sustain(self) -> None:
@@ -435,7 +444,7 @@ class _Run:
             warmup=self.request.warmup,
             loads=self.request.loads,
             seed=self.request.seed,
-            settle_ms=SETTLE_MS,
+            settle_ms=self.request.settle_ms,
             turn_tokens=self.request.turn_tokens,
             sustain_s=self.request.sustain_s,
             texts_sha256=self.digest.hexdigest(),
