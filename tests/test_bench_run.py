@@ -47,6 +47,7 @@ def margins(record: Record) -> list[float | None]:
 
 
 def test_all_engines_that_can_run_and_all_outputs(tiny_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     files = [tmp_path / name for name in ("r.json", "r.md", "r.png")]
     outputs = [part for pair in zip(("--json", "--markdown", "--plot"), files, strict=True) for part in pair]
     result = bench("--bundle", tiny_bundle, "--tokens", "8,16", *outputs)

@@ -172,7 +172,7 @@ class _Run:
 
     def record(self) -> Record:
         """Go through all phases."""
-        shape, before = self._machine()
+        shape, before = self._shape(), self._limits()
         self._prepare_peers()
         self._load()
         self._climb()
@@ -183,7 +183,7 @@ class _Run:
             self._turns(self.request.turn_tokens)
         meter = self._energy()
         self._sustain()
-        _, after = self._machine()
+        after = self._limits()
         work = () if shape is None else tuple(work_of(shape, tokens) for tokens in self.lengths)
         best = limits.best_of(before, after)
         results = tuple(self._result(entrant, work, best) for entrant in self.entrants)
@@ -217,13 +217,20 @@ class _Run:
             return tuple(lengths)
         return self.texts.possible(DEFAULT_TOKENS)
 
-    def _machine(self) -> tuple[ModelShape | None, Limits]:
-        """The model's shape and what the machine can do, found by a worker: this process stays small."""
+    def _shape(self) -> ModelShape | None:
+        """The model's shape, read by a worker: this process stays small."""
         if not self.request.limits:
-            return None, Limits(None, None, None, "not asked for")
+            return None
+        with Worker("the bundle", self.threads) as worker:
+            found = worker.ask("read the model's shape", bundle=str(self.bundle.path))
+        return None if found is None else ModelShape(**found)
+
+    def _limits(self) -> Limits:
+        """What the machine can do, found by a worker as well."""
+        if not self.request.limits:
+            return Limits(None, None, None, "not asked for")
         self.progress.say("measuring the machine")
         with Worker("the machine", self.threads) as worker:
-            shape = worker.ask("read the model's shape", bundle=str(self.bundle.path))
             found = worker.ask(
                 "measure the machine",
                 threads=self.threads,
@@ -231,7 +238,7 @@ class _Run:
                 copy_bytes=limits.COPY_BYTES,
                 seconds=limits.TRIALS_S,
             )
-        return None if shape is None else ModelShape(**shape), from_json(Limits, found, "limits")
+        return from_json(Limits, found, "limits")
 
     def _prepare_peers(self) -> None:
         """Write the files of the peers that are installed, and let these enter."""
@@ -270,9 +277,10 @@ class _Run:
                 self.progress.say(f"loading {entrant.name}, {number + 1} of {self.request.loads}")
                 if entrant.worker is not None:
                     entrant.worker.stop()
+                batch = self._batch(self.usual, f"load {number}")
                 entrant.worker = self.stack.enter_context(Worker(entrant.name, self.threads))
                 try:
-                    self._load_one(entrant, f"load {number}")
+                    self._load_one(entrant, batch)
                 except Refused as error:
                     by_name = self.request.engines is not None if entrant.kind == ENGINE else not self.request.all_peers
                     self._leave_out(entrant.name, str(error), asked_by_name=by_name or number > 0)
@@ -282,15 +290,15 @@ class _Run:
             reasons = "; ".join(f"{absent.name}: {absent.reason}" for absent in self.absent)
             raise BenchError(f"{self.bundle.path}: there is no engine that can run it ({reasons}).")
 
-    def _load_one(self, entrant: Entrant, key: str) -> None:
-        """Load and judge one text, timed from the start of the process."""
+    def _load_one(self, entrant: Entrant, batch: Sequence[Sample]) -> None:
+        """Load and judge for the first time, timed from the start of the process."""
         assert entrant.worker is not None
         if entrant.kind == ENGINE:
             arguments = {"bundle": str(self.bundle.path), "threads": self.threads}
             loaded = entrant.ask("load an engine", name=entrant.name, **arguments)
         else:
             loaded = entrant.ask("load a peer", name=entrant.name, longest=self.longest, **self._peer_arguments())
-        first = entrant.judge(self._batch(self.usual, key))
+        first = entrant.judge(batch)
         load = Load(
             import_ms=loaded["import_ms"],
             load_ms=loaded["load_ms"],
@@ -313,7 +321,7 @@ class _Run:
         return sum(entry.bytes for entry in own)
 
     def _climb(self) -> None:
-        """Peak memory after each length, shortest first, before anything longer was judged."""
+        """Peak memory after each length, shortest first."""
         for entrant in self.entrants:
             self.progress.say(f"memory of {entrant.name}")
             for tokens in self.lengths:

@@ -205,7 +205,7 @@ class Load:
 
 @dataclass(frozen=True)
 class MemoryAt:
-    """Peak of the process when nothing longer than `tokens` had been judged yet."""
+    """Peak of the process when it had judged nothing longer than `tokens`, but for its very first text."""
 
     tokens: int
     peak_bytes: int | None

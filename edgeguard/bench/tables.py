@@ -157,7 +157,7 @@ def _memory(record: Record) -> Table:
         (result.name, *(_megabytes(at.peak_bytes) for at in result.memory.by_tokens)) for result in record.results
     )
     columns = ("", *(f"{tokens} tokens" for tokens in record.plan.tokens))
-    return Table(f"Peak memory when nothing longer was judged yet{_untrained(record)}", columns, rows)
+    return Table(f"Peak memory as texts grow longer{_untrained(record)}", columns, rows)
 
 
 def _limits(record: Record) -> Table:
@@ -173,7 +173,7 @@ def _limits(record: Record) -> Table:
     for work in record.work:
         least = NONE if found.int8 is None else f", {1000 * work.macs / found.int8.macs_per_s:.1f} ms at the INT8 peak"
         rows.append((f"a verdict on {work.tokens} tokens", f"{work.macs / 1e9:.2f} GMAC{least}"))
-    return Table(f"The machine's limit, {record.plan.threads} threads", ("", "best"), tuple(rows))
+    return Table(f"The machine's limit (threads: {record.plan.threads})", ("", "best"), tuple(rows))
 
 
 def _turns(record: Record) -> Table:
