@@ -20,7 +20,7 @@ from edgeguard.bench.peers import PEERS, PeerRunner, missing_package  # noqa: E4
 from edgeguard.bench.process import Worker  # noqa: E402
 from edgeguard.bench.records import BenchError, load_record  # noqa: E402
 from edgeguard.bench.runners import Sample  # noqa: E402
-from edgeguard.bench.shapes import SHAPES, UNTRAINED, shape_folder_name  # noqa: E402
+from edgeguard.bench.shapes import SHAPES, UNTRAINED, shape_folder_name, write_shape  # noqa: E402
 from edgeguard.bench.texts import TextMaker  # noqa: E402
 from edgeguard.bundle import Bundle  # noqa: E402
 
@@ -152,11 +152,16 @@ def test_without_the_conversion_layer_it_is_said(llama: Path, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "convert.export.transcode", None)
     with pytest.raises(BenchError, match=r"convert.*a checkout of edgeguard"):
         prepare("gguf", llama, tmp_path, threads=1)
+    monkeypatch.setitem(sys.modules, "convert.export.onnx_graph", None)
+    with pytest.raises(BenchError, match=r"the shape tiny is written by the conversion layer: .* a checkout"):
+        write_shape("tiny", SHAPES["tiny"], tmp_path, seed=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_shape_is_measured_beside_a_peer_and_labelled_untrained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("matplotlib")
     shrink_limits(monkeypatch)
     quick = [part for part in QUICK if part != "--no-limits"]
     files = ("--json", tmp_path / "r.json", "--markdown", tmp_path / "r.md", "--plot", tmp_path / "r.png")

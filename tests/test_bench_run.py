@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from bench_support import QUICK, bench, bench_record, read_json, shrink_limits
 from cli_support import finish, run, start
 
+from edgeguard.bench import energy, measure
 from edgeguard.bench.measure import schedule, sustained
 from edgeguard.bench.records import Record, load_record
 from edgeguard.engines import ENGINES
@@ -45,6 +47,7 @@ def margins(record: Record) -> list[float | None]:
 
 
 def test_all_engines_that_can_run_and_all_outputs(tiny_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     files = [tmp_path / name for name in ("r.json", "r.md", "r.png")]
     outputs = [part for pair in zip(("--json", "--markdown", "--plot"), files, strict=True) for part in pair]
     result = bench("--bundle", tiny_bundle, "--tokens", "8,16", *outputs)
@@ -113,6 +116,43 @@ def test_the_machines_limit_is_measured_unless_told_otherwise(
     assert record.limits.int8 is not None and len(record.limits.int8.trials_ms) >= 8, "before and after"
     assert record.shape is None and record.work == (), "the tiny bundle is no Llama"
     assert "GMAC/s" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads RAPL")
+def test_energy_is_that_of_a_call(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    zone = tmp_path / "powercap" / "intel-rapl:0"
+    zone.mkdir(parents=True)
+    for file, text in {"name": "package-0", "energy_uj": 0, "max_energy_range_uj": 10**9}.items():
+        (zone / file).write_text(f"{text}\n")
+    monkeypatch.setattr(energy, "POWERCAP_ROOT", zone.parent)
+    monkeypatch.setattr(measure, "ENERGY_S", 0.5)
+    monkeypatch.setattr(measure, "IDLE_S", 0.2)
+    command = ("--bundle", tiny_bundle, "--engine", "onnx", "--tokens", "8")
+    still = bench_record(tmp_path / "still.json", *command)
+    assert still.results[0].energy is None and still.meter.source == "RAPL package-0"
+    stop = threading.Event()
+
+    def burn() -> None:
+        """30 watts: 300,000 microjoules each hundredth of a second."""
+        joules = 0
+        while not stop.wait(0.01):
+            joules += 300_000
+            part = zone / "part"
+            part.write_text(f"{joules}\n")
+            part.replace(zone / "energy_uj")
+
+    thread = threading.Thread(target=burn)
+    thread.start()
+    try:
+        found = bench_record(tmp_path / "burning.json", *command).results[0].energy
+    finally:
+        stop.set()
+        thread.join()
+    assert found is not None and found.calls > 0
+    assert 3 < found.watts < 33 and 3 < found.idle_watts < 33
+    assert found.joules_per_call * found.calls == pytest.approx(found.watts * found.seconds)
 
 
 def test_seconds_are_counted_whole() -> None:

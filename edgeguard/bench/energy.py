@@ -42,8 +42,9 @@ class EnergyMeter(Protocol):
         """Stop reading."""
 
 
-def find_meter(root: Path = POWERCAP_ROOT) -> tuple[EnergyMeter | None, Meter]:
-    """A meter that works here, or None, and what the record says about it."""
+def find_meter(root: Path | None = None) -> tuple[EnergyMeter | None, Meter]:
+    """A meter that works here, or None, and what the record says about it. ``root``: None for POWERCAP_ROOT."""
+    root = POWERCAP_ROOT if root is None else root
     if sys.platform == "darwin":
         return _find_powermetrics()
     packages = sorted(zone for zone in root.glob("*:*") if _name(zone).startswith("package"))

@@ -62,9 +62,9 @@ __all__ = ["DEFAULT_TOKENS", "Progress", "Request", "measure", "schedule"]
 
 DEFAULT_TOKENS = (16, 32, 64, 128, 256, 512)
 USUAL_TOKENS = 64  # the length nearest to it serves where one length is enough: first verdict, energy, sustain
-SETTLE_MS = 20.0  # threads of onnxruntime and OpenMP spin for some milliseconds after their work is done
 TURN_ADDS = 32  # tokens of a new turn, the answer before it included
 TURN_ANSWER = "I see. Go on."
+TURN_TEXTS = ("turn", "scratch", "other")  # keys of the conversations that a round needs
 STEADY_TEXTS = 64  # texts that are judged in turn where calls follow each other without pause
 ENERGY_S, IDLE_S = 5.0, 1.0
 ENGINE, PEER = "engine", "peer"
@@ -86,7 +86,7 @@ class Request:
 
     ``engines``, ``tokens``: None for all that the bundle can run, for those of DEFAULT_TOKENS that it reads.
     ``all_peers``: a peer that is not installed is listed, not an error. ``threads``: None for one a physical core.
-    ``limits``: measure the machine as well. ``command``: for the record.
+    ``settle_ms``: pause before each call. ``limits``: measure the machine as well. ``command``: for the record.
     """
 
     bundle: Path
@@ -100,6 +100,7 @@ class Request:
     warmup: int = 3
     loads: int = 3
     seed: int = 0
+    settle_ms: float = 20.0
     turn_tokens: int | None = None
     sustain_s: float | None = None
     limits: bool = True
@@ -171,7 +172,7 @@ class _Run:
 
     def record(self) -> Record:
         """Go through all phases."""
-        shape, before = self._machine()
+        shape, before = self._shape(), self._limits()
         self._prepare_peers()
         self._load()
         self._climb()
@@ -182,7 +183,7 @@ class _Run:
             self._turns(self.request.turn_tokens)
         meter = self._energy()
         self._sustain()
-        _, after = self._machine()
+        after = self._limits()
         work = () if shape is None else tuple(work_of(shape, tokens) for tokens in self.lengths)
         best = limits.best_of(before, after)
         results = tuple(self._result(entrant, work, best) for entrant in self.entrants)
@@ -216,13 +217,20 @@ class _Run:
             return tuple(lengths)
         return self.texts.possible(DEFAULT_TOKENS)
 
-    def _machine(self) -> tuple[ModelShape | None, Limits]:
-        """The model's shape and what the machine can do, found by a worker: this process stays small."""
+    def _shape(self) -> ModelShape | None:
+        """The model's shape, read by a worker: this process stays small."""
         if not self.request.limits:
-            return None, Limits(None, None, None, "not asked for")
+            return None
+        with Worker("the bundle", self.threads) as worker:
+            found = worker.ask("read the model's shape", bundle=str(self.bundle.path))
+        return None if found is None else ModelShape(**found)
+
+    def _limits(self) -> Limits:
+        """What the machine can do, found by a worker as well."""
+        if not self.request.limits:
+            return Limits(None, None, None, "not asked for")
         self.progress.say("measuring the machine")
         with Worker("the machine", self.threads) as worker:
-            shape = worker.ask("read the model's shape", bundle=str(self.bundle.path))
             found = worker.ask(
                 "measure the machine",
                 threads=self.threads,
@@ -230,7 +238,7 @@ class _Run:
                 copy_bytes=limits.COPY_BYTES,
                 seconds=limits.TRIALS_S,
             )
-        return None if shape is None else ModelShape(**shape), from_json(Limits, found, "limits")
+        return from_json(Limits, found, "limits")
 
     def _prepare_peers(self) -> None:
         """Write the files of the peers that are installed, and let these enter."""
@@ -269,9 +277,10 @@ class _Run:
                 self.progress.say(f"loading {entrant.name}, {number + 1} of {self.request.loads}")
                 if entrant.worker is not None:
                     entrant.worker.stop()
+                batch = self._batch(self.usual, f"load {number}")
                 entrant.worker = self.stack.enter_context(Worker(entrant.name, self.threads))
                 try:
-                    self._load_one(entrant, f"load {number}")
+                    self._load_one(entrant, batch)
                 except Refused as error:
                     by_name = self.request.engines is not None if entrant.kind == ENGINE else not self.request.all_peers
                     self._leave_out(entrant.name, str(error), asked_by_name=by_name or number > 0)
@@ -281,15 +290,15 @@ class _Run:
             reasons = "; ".join(f"{absent.name}: {absent.reason}" for absent in self.absent)
             raise BenchError(f"{self.bundle.path}: there is no engine that can run it ({reasons}).")
 
-    def _load_one(self, entrant: Entrant, key: str) -> None:
-        """Load and judge one text, timed from the start of the process."""
+    def _load_one(self, entrant: Entrant, batch: Sequence[Sample]) -> None:
+        """Load and judge for the first time, timed from the start of the process."""
         assert entrant.worker is not None
         if entrant.kind == ENGINE:
             arguments = {"bundle": str(self.bundle.path), "threads": self.threads}
             loaded = entrant.ask("load an engine", name=entrant.name, **arguments)
         else:
             loaded = entrant.ask("load a peer", name=entrant.name, longest=self.longest, **self._peer_arguments())
-        first = entrant.judge(self._batch(self.usual, key))
+        first = entrant.judge(batch)
         load = Load(
             import_ms=loaded["import_ms"],
             load_ms=loaded["load_ms"],
@@ -312,7 +321,7 @@ class _Run:
         return sum(entry.bytes for entry in own)
 
     def _climb(self) -> None:
-        """Peak memory after each length, shortest first, before anything longer was judged."""
+        """Peak memory after each length, shortest first."""
         for entrant in self.entrants:
             self.progress.say(f"memory of {entrant.name}")
             for tokens in self.lengths:
@@ -331,11 +340,15 @@ class _Run:
             self._digest(batches.values())
             for position, (name, tokens) in enumerate(calls):
                 self.progress.advance(number * len(calls) + position, rounds * len(calls))
-                time.sleep(SETTLE_MS / 1000)
+                self._settle()
                 reading = known[name].judge(batches[tokens])
                 if number >= warmup:
                     trial = Trial(number - warmup, position, **asdict(reading))
                     known[name].trials[tokens].append(trial)
+
+    def _settle(self) -> None:
+        """Threads of onnxruntime and OpenMP spin for some milliseconds after their work is done: let them."""
+        time.sleep(self.request.settle_ms / 1000)
 
     def _memory(self, entrant: Entrant) -> Memory:
         told = entrant.ask("tell its memory")
@@ -351,10 +364,11 @@ class _Run:
         for number in range(rounds):
             for done, entrant in enumerate(rng.sample(engines, len(engines))):
                 self.progress.advance(number * len(engines) + done, rounds * len(engines))
-                time.sleep(SETTLE_MS / 1000)
-                turn_ms = entrant.ask("judge a new turn", sample=asdict(self._conversation(tokens, f"turn {number}")))
-                time.sleep(SETTLE_MS / 1000)
-                scratch_ms = entrant.judge([self._conversation(tokens, f"scratch {number}")]).latency_ms
+                new, whole, other = (asdict(self._conversation(tokens, f"{kind} {number}")) for kind in TURN_TEXTS)
+                self._settle()
+                turn_ms = entrant.ask("judge a new turn", sample=new)
+                self._settle()
+                scratch_ms = entrant.ask("judge a conversation", sample=whole, other=other)
                 if number >= self.request.warmup:
                     found[entrant.name][0].append(turn_ms)
                     found[entrant.name][1].append(scratch_ms)
@@ -381,13 +395,16 @@ class _Run:
             meter.close()
         return told
 
-    def _energy_of(self, entrant: Entrant, meter: EnergyMeter) -> Energy:
+    def _energy_of(self, entrant: Entrant, meter: EnergyMeter) -> Energy | None:
+        """Calls between two readings; None when the counter stands still, as in some virtual machines."""
         start, joules = time.perf_counter(), meter.joules()
         time.sleep(IDLE_S)
         idle_watts = (meter.joules() - joules) / (time.perf_counter() - start)
         start, joules = time.perf_counter(), meter.joules()
         calls = len(entrant.ask("judge without pause", batches=self._steady_batches(), seconds=ENERGY_S)["ends_s"])
         used, seconds = meter.joules() - joules, time.perf_counter() - start
+        if used <= 0:
+            return None
         return Energy(self.usual, calls, seconds, used / calls, used / seconds, idle_watts)
 
     def _sustain(self) -> None:
@@ -435,7 +452,7 @@ class _Run:
             warmup=self.request.warmup,
             loads=self.request.loads,
             seed=self.request.seed,
-            settle_ms=SETTLE_MS,
+            settle_ms=self.request.settle_ms,
             turn_tokens=self.request.turn_tokens,
             sustain_s=self.request.sustain_s,
             texts_sha256=self.digest.hexdigest(),

@@ -205,7 +205,7 @@ class Load:
 
 @dataclass(frozen=True)
 class MemoryAt:
-    """Peak of the process when nothing longer than `tokens` had been judged yet."""
+    """Peak of the process when it had judged nothing longer than `tokens`, but for its very first text."""
 
     tokens: int
     peak_bytes: int | None
@@ -316,8 +316,9 @@ class Sustain:
 class Turn:
     """A new turn on a conversation that was judged just before, and a conversation as long that was not.
 
-    `tokens`: of the conversation with the new turn. Only the new turn is timed, through `Guard.conversation` where
-    there is one. `ratio`: median of `scratch_ms` / median of `turn_ms`.
+    `tokens`: of the conversation with the new turn. Before the latter, the earlier messages of a third one are judged.
+    Only the new turn is timed, through `Guard.conversation` where there is one. `ratio`: median of `scratch_ms` /
+    median of `turn_ms`.
     """
 
     conversation_tokens: int

@@ -135,17 +135,26 @@ class GuardRunner:
         """
         *earlier, last = sample.messages
         begin = getattr(self._guard, "conversation", None)
-        if begin is not None:
-            conversation = begin()
-            for role, text in earlier:
-                conversation.classify(role, text)
-            start = time.perf_counter()
-            verdict = conversation.classify(*last)
-        else:
-            for count in range(1, len(earlier) + 1):
-                self._guard.classify(messages=_dialogue(sample.messages[:count]))
-            start = time.perf_counter()
-            verdict = self._guard.classify(messages=_dialogue(sample.messages))
+        if begin is None:
+            return self.scratch(sample, sample)
+        conversation = begin()
+        for role, text in earlier:
+            conversation.classify(role, text)
+        start = time.perf_counter()
+        verdict = conversation.classify(*last)
+        latency_ms = 1000 * (time.perf_counter() - start)
+        _check_length(sample, verdict)
+        return latency_ms
+
+    def scratch(self, sample: Sample, other: Sample) -> float:
+        """Milliseconds of ``sample`` as a whole, after the earlier messages of ``other`` were judged one by one.
+
+        So caches and clock are as they are for :meth:`turn`, and another conversation is all that is remembered.
+        """
+        for count in range(1, len(other.messages)):
+            self._guard.classify(messages=_dialogue(other.messages[:count]))
+        start = time.perf_counter()
+        verdict = self._guard.classify(messages=_dialogue(sample.messages))
         latency_ms = 1000 * (time.perf_counter() - start)
         _check_length(sample, verdict)
         return latency_ms

@@ -157,7 +157,7 @@ def _memory(record: Record) -> Table:
         (result.name, *(_megabytes(at.peak_bytes) for at in result.memory.by_tokens)) for result in record.results
     )
     columns = ("", *(f"{tokens} tokens" for tokens in record.plan.tokens))
-    return Table(f"Peak memory when nothing longer was judged yet{_untrained(record)}", columns, rows)
+    return Table(f"Peak memory as texts grow longer{_untrained(record)}", columns, rows)
 
 
 def _limits(record: Record) -> Table:
@@ -173,7 +173,7 @@ def _limits(record: Record) -> Table:
     for work in record.work:
         least = NONE if found.int8 is None else f", {1000 * work.macs / found.int8.macs_per_s:.1f} ms at the INT8 peak"
         rows.append((f"a verdict on {work.tokens} tokens", f"{work.macs / 1e9:.2f} GMAC{least}"))
-    return Table(f"The machine's limit, {record.plan.threads} threads", ("", "best"), tuple(rows))
+    return Table(f"The machine's limit (threads: {record.plan.threads})", ("", "best"), tuple(rows))
 
 
 def _turns(record: Record) -> Table:
@@ -226,7 +226,7 @@ def _settings(record: Record) -> Table:
     rows = []
     for result in record.results:
         asked = NONE if result.providers_asked is None else ", ".join(result.providers_asked)
-        details = ", ".join(f"{key} {value}" for key, value in result.details.items())
+        details = ", ".join(f"{key} {value}" for key, value in result.details.items() if value is not None)
         threads = f"{result.threads_used} of {result.threads_asked} threads"
         runs = f"{result.used} {result.version}; {', '.join(result.providers_used)} (asked: {asked}); {threads}"
         how = result.settings or f"Guard.classify{f'; {details}' if details else ''}"

@@ -1,7 +1,8 @@
 """Texts of ordinary words whose encoded conversation, template included, has exactly so many tokens.
 
 A text depends on the seed, its length and its key alone, so the same seed gives the same texts whatever else is
-measured. No two trials share a text: an engine that keeps what it computed must not be told the same thing twice.
+measured. No two trials of a length share a text: an engine that keeps what it computed must not be told the same thing
+twice.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ class Session:
             "load a peer": self.load_peer,
             "judge": self.judge,
             "judge a new turn": self.turn,
+            "judge a conversation": self.scratch,
             "judge without pause": self.sustain,
             "tell its memory": self.memory,
             "write files for a peer": self.prepare,
@@ -100,6 +101,11 @@ class Session:
         """Milliseconds of the last message of a conversation whose earlier ones were judged just before."""
         assert isinstance(self._runner, GuardRunner)  # peers have no conversations
         return self._runner.turn(Sample.from_json(sample))
+
+    def scratch(self, sample: Any, other: Any) -> float:  # noqa: ANN401 - samples as JSON
+        """Milliseconds of a conversation as a whole, just after the earlier messages of another one."""
+        assert isinstance(self._runner, GuardRunner)
+        return self._runner.scratch(Sample.from_json(sample), Sample.from_json(other))
 
     def sustain(self, batches: Sequence[Sequence[Any]], seconds: float) -> dict[str, Any]:
         """Call without pause, ``batches`` in turn, and look at clock and temperature once a second."""

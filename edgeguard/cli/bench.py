@@ -56,6 +56,9 @@ def _lengths(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Calls of each length to discard.")
 @click.option("--loads", type=click.IntRange(1), default=3, show_default=True, help="New processes an engine.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of texts and order.")
+@click.option(
+    "--settle", "settle_ms", type=click.FloatRange(0), default=20, show_default=True, help="Pause before calls, ms."
+)
 @click.option("--turn", type=click.IntRange(1), metavar="N", help="Also a new turn on a conversation of N tokens.")
 @click.option(
     "--sustain", type=click.FloatRange(1), metavar="SECONDS", help="Then call without pause, engine by engine."
