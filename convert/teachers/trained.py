@@ -108,9 +108,8 @@ class TrainedTeacher:
 
     def judge(self, rows: Sequence[Row]) -> list[Judgement]:
         """One judgement a row."""
-        logits = score(
-            self._student, self._encode(rows), self._template.pad_id, bf16=best_device().type != "cpu", tokens=8192
-        )
+        # bf16, as in training: twice as fast as float32 on a CPU that has it.
+        logits = score(self._student, self._encode(rows), self._template.pad_id, bf16=True, tokens=8192)
         margins = logits[:, 1] - logits[:, 0]
         hazards = 1 / (1 + np.exp(-logits[:, 2:]))
         return [
