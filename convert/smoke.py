@@ -183,10 +183,12 @@ def shrink(recipe: Recipe) -> Recipe:
         training = {**recipe.teacher["train"], **TRAINING}
         changes["teacher"] = {**recipe.teacher, "base": base, "layers": 3, "max_tokens": 48, "train": training}
     elif recipe.teacher.get("kind") == "transformers":
+        from convert.teachers.formats import find_format
         from convert.tiny_judges import write_judge
 
-        judge = write_judge(folder / "judge", recipe.teacher["guard"])
-        changes["teacher"] = {"kind": "transformers", "guard": recipe.teacher["guard"], "model": str(judge)}
+        guard = find_format(recipe.teacher.get("guard") or recipe.teacher["model"]).name
+        judge = write_judge(folder / "judge", guard)
+        changes["teacher"] = {"kind": "transformers", "guard": guard, "model": str(judge)}
     elif recipe.teacher:
         raise RecipeError(f"--smoke has no small stand-in for a teacher of kind {recipe.teacher['kind']!r}.")
     if recipe.distill:

