@@ -51,8 +51,18 @@ def _onnx(bundle: Bundle, threads: int | None) -> Engine:
     return OnnxEngine(bundle.file_for("onnx"), outputs=len(bundle.manifest.head), threads=threads)
 
 
+def _gguf(bundle: Bundle, threads: int | None) -> Engine:
+    try:
+        from edgeguard.engines.gguf import GgufEngine
+    except (OSError, RuntimeError) as error:  # what llama-cpp-python raises when its own library does not load
+        raise EngineError(f"the engine 'gguf' does not load here: {error}. Install llama-cpp-python again.") from error
+    return GgufEngine.from_bundle(bundle, threads=threads)
+
+
 # Name -> how to make it. "auto" takes the first that the bundle has a file for.
-ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {"onnx": _onnx}
+ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {"onnx": _onnx, "gguf": _gguf}
+# Name -> how to install it, for those that the base install lacks.
+EXTRAS = {"gguf": "pip install 'edgeguard-runtime[gguf]'"}
 
 
 def create_engine(name: str, bundle: Bundle, threads: int | None = None) -> Engine:
@@ -69,6 +79,7 @@ def create_engine(name: str, bundle: Bundle, threads: int | None = None) -> Engi
     try:
         return ENGINES[name](bundle, threads)
     except ImportError as error:
+        advice = f"Install it with {EXTRAS[name]}. " if name in EXTRAS else ""
         raise EngineError(
-            f"the engine {name!r} is not installed ({error}). Known engines: auto, {', '.join(ENGINES)}."
+            f"the engine {name!r} is not installed ({error}). {advice}Known engines: auto, {', '.join(ENGINES)}."
         ) from error
