@@ -1,54 +1,117 @@
-"""Files that are made once a machine and can be made again: in the user's cache folder, each whole or not there."""
+"""Files that edgeguard makes once on a machine and uses again: whole, checked, or made anew.
+
+They stand in the folder of the environment variable ``EDGEGUARD_CACHE``, else in the platform's cache folder for
+``edgeguard``; each has its SHA-256 beside it (``NAME.sha256``), which is compared before the file is used. Nothing in
+the folder is needed: it may be deleted at any time.
+
+Sources: XDG Base Directory Specification 0.8 (``XDG_CACHE_HOME``); Apple, File System Programming Guide
+(``Library/Caches``); Microsoft, Known Folders (``LocalAppData``).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from edgeguard.bundle import sha256_of
 from edgeguard.errors import EngineError
 
 __all__ = ["CACHE_VARIABLE", "cache_folder", "cached"]
 
 CACHE_VARIABLE = "EDGEGUARD_CACHE"
+ABANDONED_SECONDS = 3600  # a part that old is what a killed process left
 
 
 def cache_folder() -> Path:
-    """``$EDGEGUARD_CACHE``, else ``edgeguard`` in the platform's cache folder; not made here."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "edgeguard" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "edgeguard"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeguard"
+    """The folder, made if need be; a temporary one, gone with the process, where the platform's cannot be written.
+
+    Raises EngineError when ``EDGEGUARD_CACHE`` names a folder that cannot be written.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    try:
+        folder = Path(named).expanduser().absolute() if named else _platform_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # asks the file system itself: it may be read-only, or full
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a user without a home
+        if named:
+            raise EngineError(
+                f"{CACHE_VARIABLE}={named}: expected a folder that can be written, found {error}. Name another one."
+            ) from error
+        return Path(_temporary_folder().name)
+    return folder
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder ``name`` of the cache; ``make`` fills it the first time.
+    """The file ``name`` of the cache folder, made by ``make`` where it is missing or not what it was.
 
-    It is made under another name and moved into place in one step, so a process that dies leaves no half of it, and of
-    two that make it at once one wins. Raises EngineError when the cache cannot be written.
+    ``name``: of one file, without folders; whatever the content depends on belongs into it. ``make`` writes the path
+    that it is given, a temporary neighbour which then takes its place in one step: processes that make the same file
+    at once each end up with a whole one, and what a killed one left is never used. Raises EngineError when the file
+    cannot be written, and whatever ``make`` raises.
     """
-    target = cache_folder() / name
-    if target.is_dir():
-        return target
+    file = cache_folder() / name
+    if _is_sound(file):
+        return file
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise EngineError(f"{target.parent}: the cache cannot be written ({error}). Set {CACHE_VARIABLE}.") from error
-    try:
-        make(part)
+        _remove_abandoned(file)
+        handle, part_name = tempfile.mkstemp(dir=file.parent, prefix=f".{name}.", suffix=".part")
+        os.close(handle)
+        part = Path(part_name)
         try:
-            part.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return target
+            make(part)
+            digest = sha256_of(part)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+        # After the file: killed in between, the next process finds a file without its sum, and makes it again.
+        part.write_text(digest, encoding="ascii")
+        part.replace(_sum_of(file))
+    except OSError as error:
+        if _is_sound(file):  # another process was first, and has it open: Windows then refuses to replace it
+            return file
+        raise EngineError(
+            f"{file}: expected to write it into the cache folder, found {error}. Make room, or set {CACHE_VARIABLE}."
+        ) from error
+    return file
+
+
+def _is_sound(file: Path) -> bool:
+    """Whether the file is there and what was written."""
+    try:
+        return _sum_of(file).read_text(encoding="ascii") == sha256_of(file)
+    except (OSError, ValueError):
+        return False
+
+
+def _sum_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
+
+
+def _remove_abandoned(file: Path) -> None:
+    for part in file.parent.glob(f".{file.name}.*.part"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes them too
+            if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
+                part.unlink()
+
+
+def _platform_folder() -> Path:
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "edgeguard" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "edgeguard"
+    stated = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(stated) if Path(stated).is_absolute() else Path.home() / ".cache"
+    return base / "edgeguard"
+
+
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """One a process; removed when it ends."""
+    return tempfile.TemporaryDirectory(prefix="edgeguard-")

@@ -13,7 +13,7 @@ from typing import Any
 from edgeguard import schema
 from edgeguard.calibration import Calibration, Measured
 from edgeguard.errors import BundleError
-from edgeguard.prompt import TARGETS, Template
+from edgeguard.prompt import MAX_ID, TARGETS, Template
 from edgeguard.taxonomy import HAZARDS, SAFE, UNSAFE
 
 __all__ = [
@@ -189,7 +189,11 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that the runtime knows about a bundle. ``head``: labels of the K logits, in their order."""
+    """All that the runtime knows about a bundle. ``head``: labels of the K logits, in their order.
+
+    ``head_tokens``: label -> token id, for a judge whose head is rows of its vocabulary (its verdict is the first token
+    that it would write); None, and not in the file, for a head of K rows.
+    """
 
     name: str
     version: str
@@ -206,6 +210,7 @@ class Manifest:
     quantization: Quantization | None
     self_test: SelfTest
     provenance: Provenance
+    head_tokens: Mapping[str, int] | None = None
 
     @classmethod
     def from_json(cls, raw: bytes, where: str = MANIFEST_NAME) -> Manifest:
@@ -216,25 +221,28 @@ class Manifest:
     def from_dict(cls, data: Mapping[str, Any], where: str = MANIFEST_NAME) -> Manifest:
         """Read a parsed manifest. Raises BundleError that names the place, what was expected and found."""
         _check_format(data, where)
-        fields = schema.record(dict(data), where, ["format", "format_version", *cls.__dataclass_fields__])
+        known = ["format", "format_version", *cls.__dataclass_fields__]
+        fields = schema.record({"head_tokens": None, **data}, where, known)
         names = {n: schema.text(fields[n], f"{where}: {n}") for n in ("license", "base_model")}
         for n in ("name", "version"):
             names[n] = schema.text(fields[n], f"{where}: {n}", pattern=NAME_PATTERN, called=NAME_CALLED)
         template = _template(fields["template"], where)
         stored = fields["quantization"]
+        head = _head(fields["head"], f"{where}: head")
         return cls(
             **names,
             teacher=schema.optional_text(fields["teacher"], f"{where}: teacher"),
             languages=schema.texts(fields["languages"], f"{where}: languages"),
             max_tokens=_max_tokens(fields["max_tokens"], template, where),
             template=template,
-            head=_head(fields["head"], f"{where}: head"),
+            head=head,
             calibration=_calibration(fields["calibration"], f"{where}: calibration"),
             operating_points=_operating_points(fields["operating_points"], f"{where}: operating_points"),
             files=_files(fields["files"], f"{where}: files"),
             quantization=None if stored is None else Quantization.from_dict(stored, f"{where}: quantization"),
             self_test=SelfTest.from_dict(fields["self_test"], f"{where}: self_test"),
             provenance=Provenance.from_dict(fields["provenance"], f"{where}: provenance"),
+            head_tokens=_head_tokens(fields["head_tokens"], head, f"{where}: head_tokens"),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -245,6 +253,8 @@ class Manifest:
         if self.quantization is not None:
             data["quantization"]["grid"] = list(self.quantization.grid)
         data["self_test"]["vectors"] = list(data["self_test"]["vectors"])
+        if self.head_tokens is None:  # as manifests were before there was such a head
+            del data["head_tokens"]
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **data}
 
     @property
@@ -291,6 +301,16 @@ def _head(value: object, where: str) -> tuple[str, ...]:
     if unknown:
         schema.fail(where, f"hazard codes from {', '.join(HAZARDS)}", unknown[0])
     return labels
+
+
+def _head_tokens(value: object, head: tuple[str, ...], where: str) -> dict[str, int] | None:
+    if value is None:
+        return None
+    fields = schema.record(value, where, head)
+    tokens = {label: schema.integer(fields[label], f"{where}.{label}", low=0, high=MAX_ID - 1) for label in head}
+    if len(set(tokens.values())) < len(tokens):  # two labels of one logit: neither would be judged
+        schema.fail(where, "another token for each label", tokens)
+    return tokens
 
 
 def _calibration(value: object, where: str) -> dict[str, Calibration]:

@@ -50,6 +50,9 @@ def test_the_manifest_survives_a_round_trip(tiny_bundle: Path) -> None:
     manifest = Manifest.from_dict(written)
     assert json.loads(json.dumps(manifest.to_dict())) == written
     assert Manifest.from_dict({**written, "quantization": None}).to_dict()["quantization"] is None
+    assert manifest.head_tokens is None and "head_tokens" not in written
+    tokens = {"head": ["safe", "unsafe"], "head_tokens": {"unsafe": 39257, "safe": 19193}}
+    assert Manifest.from_dict({**written, **tokens}).to_dict() == {**written, **tokens}
 
 
 BAD_VALUES = [
@@ -116,6 +119,13 @@ BAD_VALUES = [
     ("self_test/vectors/0/margin", "1", "self_test.vectors[0].margin: expected a finite number"),
     ("provenance/data_sha256", "abc", "provenance.data_sha256: expected 64 lower-case hex digits, or null"),
     ("provenance/commit", ..., "provenance: expected the keys"),
+    ("head_tokens", {"safe": 1, "unsafe": 2}, "head_tokens: expected the keys"),
+    ("head_tokens", {label: i for i, label in enumerate([*HEAD, "S15"])}, "head_tokens: expected only the keys"),
+    ("head_tokens", [1, 2], "head_tokens: expected an object with the keys"),
+    ("head_tokens", dict.fromkeys(HEAD, 7), "head_tokens: expected another token for each label"),
+    ("head_tokens", dict.fromkeys(HEAD, -1), "head_tokens.safe: expected a whole number from 0"),
+    ("head_tokens", dict.fromkeys(HEAD, True), "head_tokens.safe: expected a whole number from 0"),
+    ("head_tokens", dict.fromkeys(HEAD, 2**31), "head_tokens.safe: expected a whole number from 0"),
 ]
 
 

@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed: pip install 'edgeguard-runtime[convert]'")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from tiny import edit_manifest, refresh_files  # noqa: E402
+from tiny import edit_manifest  # noqa: E402
 from tiny_llama import write_llama_bundle  # noqa: E402
 
 from edgeguard import Guard  # noqa: E402
-from edgeguard.cache import CACHE_VARIABLE, cached  # noqa: E402
+from edgeguard.cache import CACHE_VARIABLE  # noqa: E402
 from edgeguard.errors import BundleError, EngineError, InputError  # noqa: E402
 
 TEXTS = ["How do I make the thing?", "the cat and the hat", "once upon a time there was a hat", "No."]
@@ -51,23 +51,16 @@ def test_the_weights_are_made_once(bundle: Path, cache: Path) -> None:
 
 def test_another_bundle_has_weights_of_its_own(bundle: Path, cache: Path, tmp_path: Path) -> None:
     Guard.load(bundle, engine="onnx-int8", threads=1)
-    other = Path(shutil.copytree(bundle, tmp_path / "other"))
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
-    refresh_files(other)
-    Guard.load(other, engine="onnx-int8", threads=1)
+    other = write_llama_bundle(tmp_path / "other", seed=1)
+    assert Guard.load(other, engine="onnx-int8", threads=1).self_test() < 0.5
     assert len(list(cache.rglob("*.bin"))) == 2
 
 
-def test_what_a_killed_process_left_is_not_used(bundle: Path, cache: Path) -> None:
-    def killed(folder: Path) -> None:
-        (folder / "half").write_bytes(b"x")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cached("thing", killed)
-    assert not (cache / "thing").exists() and not list(cache.iterdir())
-    assert (cached("thing", lambda folder: (folder / "whole").touch()) / "whole").exists()
+def test_damaged_weights_are_made_again(bundle: Path, cache: Path) -> None:
+    margin = Guard.load(bundle, engine="onnx-int8", threads=1).classify(TEXTS[0]).margin
+    (weights,) = cache.rglob("*.bin")
+    weights.write_bytes(b"x" * weights.stat().st_size)
+    assert Guard.load(bundle, engine="onnx-int8", threads=1).classify(TEXTS[0]).margin == margin
 
 
 def _load(bundle: str) -> float:
@@ -83,11 +76,11 @@ def test_two_processes_may_make_it_at_once(bundle: Path, cache: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_said(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
-    with pytest.raises(EngineError, match=f"the cache cannot be written .* {CACHE_VARIABLE}"):
+    with pytest.raises(EngineError, match=f"{CACHE_VARIABLE}=.*: expected a folder that can be written"):
         Guard.load(bundle, engine="onnx-int8", threads=1)
     guard = Guard.load(bundle, threads=1)  # what needs no cache still runs
     assert guard.info()["engine"]["name"] == "onnx"
-    assert "cannot be written" in guard.info()["engine"]["choice"]["refused"]["onnx-int8"]
+    assert "can be written" in guard.info()["engine"]["choice"]["refused"]["onnx-int8"]
 
 
 def test_auto_measures_once_and_remembers(bundle: Path, cache: Path) -> None:

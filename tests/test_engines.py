@@ -26,7 +26,7 @@ def test_engines_by_name(tiny_bundle: Path, name: str) -> None:
     assert create_engine(name, Bundle.open(tiny_bundle), 1).name == "onnx"
 
 
-@pytest.mark.parametrize("name", ["gguf", "", "ONNX"])
+@pytest.mark.parametrize("name", ["tflite", "", "ONNX"])
 def test_unknown_engines_list_the_known(tiny_bundle: Path, name: str) -> None:
     with pytest.raises(EngineError, match=rf"unknown engine '{name}'. Known engines: auto, onnx"):
         create_engine(name, Bundle.open(tiny_bundle))
@@ -36,6 +36,14 @@ def test_an_engine_that_is_not_installed(tiny_bundle: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "edgeguard.engines.onnx", None)
     with pytest.raises(EngineError, match=r"'onnx' is not installed .* Known engines: auto, onnx"):
         create_engine("auto", Bundle.open(tiny_bundle))
+
+
+def test_an_extra_that_is_not_installed_is_named(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.delitem(sys.modules, "edgeguard.engines.gguf", raising=False)
+    monkeypatch.delitem(sys.modules, "edgeguard.engines.gguf_llama", raising=False)
+    with pytest.raises(EngineError, match=r"'gguf' is not installed .* pip install 'edgeguard-runtime\[gguf\]'"):
+        create_engine("gguf", Bundle.open(tiny_bundle))
 
 
 def test_a_bundle_without_a_file_for_any_engine(tiny_bundle: Path) -> None:

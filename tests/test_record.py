@@ -20,7 +20,7 @@ from click.testing import CliRunner  # noqa: E402
 from convert.__main__ import main  # noqa: E402
 from convert.batches import Example  # noqa: E402
 from convert.corpora.registry import Row  # noqa: E402
-from convert.evaluate import MeasuredStage, measure_stage, verdict_parity  # noqa: E402
+from convert.evaluate import MeasuredStage, StageError, measure_stage, verdict_parity  # noqa: E402
 from convert.files import read_json  # noqa: E402
 from convert.plots import draw_plots  # noqa: E402
 from convert.recipe import load_recipe  # noqa: E402

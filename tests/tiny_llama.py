@@ -17,13 +17,13 @@ from edgeguard.prompt import as_messages
 __all__ = ["write_llama_bundle"]
 
 
-def write_llama_bundle(folder: Path) -> Path:
+def write_llama_bundle(folder: Path, seed: int = 0) -> Path:
     """Write the bundle into ``folder`` and return it; its self-test holds the INT4 graph's margins."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = changed(vocab_size=tokenizer.get_vocab_size(), max_tokens=MAX_TOKENS)
-    weights = random_weights(config)
+    weights = random_weights(config, seed)
     ids, mask = sample(LENGTHS, config)
     model = build_guard_graph(weights, config, labels=HEAD)
     reference = run(model, ids, mask)

@@ -14,6 +14,7 @@ Operators: onnxruntime ``docs/ContribOperators.md`` (MatMulIntegerToFloat).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import shutil
@@ -40,10 +41,11 @@ Shifts = Mapping[str, NDArray[np.int8]]
 
 __all__ = ["INT8_GRAPH", "INT8_PLAN", "build_int8_graph", "export_int8"]
 
-INT8_GRAPH, INT8_PLAN, INT8_WEIGHTS = "model.int8.onnx", "model.int8.json", "model.int8.bin"
+INT8_GRAPH, INT8_PLAN = "model.int8.onnx", "model.int8.json"
 
 ZERO_POINT = 128
 LEAST = 1e-30  # of a row's magnitude: a row of zeros is divided by something
+NAME_DIGITS = 16
 INLINE_BYTES = 1024  # of a tensor that stands in the graph itself
 
 
@@ -64,7 +66,7 @@ def export_int8(
     from convert.export.transcode import read_onnx
 
     student = read_onnx(source)
-    model, plan = build_int8_graph(student.weights, student.config, source, INT8_WEIGHTS, shifts)
+    model, plan = build_int8_graph(student.weights, student.config, source, _weights_name(source, shifts), shifts)
     written = {INT8_GRAPH: model.SerializeToString(), INT8_PLAN: (json.dumps(plan.to_dict()) + "\n").encode()}
     for name, raw in written.items():
         write_whole(source.with_name(name), lambda path, raw=raw: path.write_bytes(raw))  # type: ignore[misc]
@@ -100,6 +102,14 @@ def build_int8_graph(
         graph.build()
         graph.move_large_ones()
     return graph.model(), Plan(source.name, weights_name, graph.end, tuple(graph.matrices), tuple(graph.copies))
+
+
+def _weights_name(source: Path, shifts: Shifts) -> str:
+    """A name for one content alone."""
+    digest = hashlib.sha256(source.read_bytes())
+    for name, shift in sorted(shifts.items()):
+        digest.update(name.encode() + shift.tobytes())
+    return f"edgeguard-int8-{digest.hexdigest()[:NAME_DIGITS]}.bin"
 
 
 class _Int8Graph(GuardGraph):

@@ -14,8 +14,7 @@ Sources: transformers ``models/llama/modeling_llama.py`` (names, semantics), onn
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from convert.quantize import GROUP_SIZE, Int4Weight, as_int4
+from edgeguard.engines.gguf_source import LABELS_KEY, ROPE_FACTORS_KEY
+from edgeguard.engines.gguf_weights import StudentConfig, Weights, check_weights
 
 __all__ = [
     "LABELS_KEY",
@@ -36,84 +37,10 @@ __all__ = [
     "with_metadata",
 ]
 
-Weights = Mapping[str, NDArray[Any] | Int4Weight]
-
 OPSET = 21  # the first with INT4 tensors
 IR_VERSION = 10  # the one of that opset; onnxruntime 1.20 reads it
 CONTRIB = "com.microsoft"
-LABELS_KEY = "edgeguard.head.labels"
-ROPE_FACTORS_KEY = "edgeguard.rope.factors"
 MASKED = -1e9  # added to the score of a padded key; finite, so that no row can become NaN
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """Shape of a student, named as in transformers' LlamaConfig.
-
-    ``max_tokens``: the longest row that the graph accepts; ``head_size``: the number of logits.
-    ``rope_factors``: float32 divisors of the ``head_dim / 2`` frequencies of RoPE, fastest first (see
-    convert.export.rope); None for plain RoPE. Raises ValueError when the parts do not fit together.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_tokens: int
-    head_size: int
-    rope_factors: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        """Check what the operators need."""
-        if self.num_layers < 1 or self.num_heads % self.num_kv_heads or self.head_dim % 2:
-            raise ValueError(
-                "a student needs a layer, heads divisible by key-value heads and an even head width, got "
-                f"{self.num_layers} layers, {self.num_heads} / {self.num_kv_heads} heads of {self.head_dim}."
-            )
-        factors = self.rope_factors
-        if factors is not None and (len(factors) != self.head_dim // 2 or not all(0 < f < np.inf for f in factors)):
-            raise ValueError(
-                f"expected {self.head_dim // 2} RoPE factors above 0, half of a head's width, got {list(factors)}."
-            )
-
-    @property
-    def query_size(self) -> int:
-        """Width of all query heads together."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Width of all key heads (or value heads) together."""
-        return self.num_kv_heads * self.head_dim
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, hidden),
-            "model.norm.weight": (hidden,),
-            "head.weight": (self.head_size, hidden),
-            "head.bias": (self.head_size,),
-        }
-        for layer in range(self.num_layers):
-            prefix = f"model.layers.{layer}."
-            shapes |= {
-                prefix + "input_layernorm.weight": (hidden,),
-                prefix + "self_attn.q_proj.weight": (self.query_size, hidden),
-                prefix + "self_attn.k_proj.weight": (self.kv_size, hidden),
-                prefix + "self_attn.v_proj.weight": (self.kv_size, hidden),
-                prefix + "self_attn.o_proj.weight": (hidden, self.query_size),
-                prefix + "post_attention_layernorm.weight": (hidden,),
-                prefix + "mlp.gate_proj.weight": (inner, hidden),
-                prefix + "mlp.up_proj.weight": (inner, hidden),
-                prefix + "mlp.down_proj.weight": (hidden, inner),
-            }
-        return shapes
 
 
 def build_guard_graph(
@@ -149,20 +76,6 @@ def with_metadata(model: onnx.ModelProto, labels: Sequence[str], config: Student
     if props:
         helper.set_model_props(model, {key: json.dumps(value) for key, value in props.items()})
     return model
-
-
-def check_weights(weights: Weights, config: StudentConfig) -> None:
-    """Refuse what would otherwise be left out in silence: a layer too many, a bias, a missing name."""
-    shapes = config.shapes()
-    missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"the weights do not match the config: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown "
-            f"{unknown[:3]}. Pass exactly the names of StudentConfig.shapes()."
-        )
-    for name, shape in shapes.items():
-        if weights[name].shape != shape:
-            raise ValueError(f"{name}: expected the shape {shape}, found {weights[name].shape}.")
 
 
 def _value_info(name: str, element_type: int, shape: list[str | int]) -> onnx.ValueInfoProto:

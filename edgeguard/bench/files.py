@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgeguard.bench.records import BenchError
+from edgeguard.cache import CACHE_VARIABLE, cache_folder
 
-__all__ = ["cache_folder", "cached", "scratch_folder", "write_whole"]
+__all__ = ["cached_folder", "scratch_folder", "write_whole"]
 
-CACHE_VARIABLE = "EDGEGUARD_CACHE"
 SCRATCH_PREFIX = "bench-"
 STALE_S = 24 * 3600.0
 
@@ -32,19 +31,7 @@ def write_whole(file: Path, data: bytes) -> None:
         Path(part).unlink(missing_ok=True)
 
 
-def cache_folder() -> Path:
-    """``$EDGEGUARD_CACHE``, else ``edgeguard`` in the platform's cache folder; not made here."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "edgeguard" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "edgeguard"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeguard"
-
-
-def cached(name: str, make: Callable[[Path], None]) -> Path:
+def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """The folder ``name`` of the cache; ``make`` fills it the first time.
 
     It is made beside its place and moved there in one step, so whoever dies leaves no half of it, and of two that make

@@ -21,7 +21,7 @@ from edgeguard.errors import BundleError
 
 if TYPE_CHECKING:
     from convert.export.onnx_graph import StudentConfig
-    from convert.export.transcode import OnnxStudent
+    from edgeguard.engines.gguf_source import OnnxStudent
 
 __all__ = ["FILES", "HEAD_BIAS", "PeerFiles", "prepare", "size_of"]
 

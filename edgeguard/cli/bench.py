@@ -192,7 +192,7 @@ def _arguments() -> list[str]:
 
 def _shape_bundle(shape: str, progress: BenchProgress) -> Path:
     """The untrained bundle of a shape, from the cache; written by a process of its own the first time."""
-    from edgeguard.bench.files import cached
+    from edgeguard.bench.files import cached_folder
     from edgeguard.bench.process import Worker
     from edgeguard.bench.shapes import SHAPE_SEED, shape_folder_name
     from edgeguard.engines.cpus import allowed_cpus
@@ -202,7 +202,7 @@ def _shape_bundle(shape: str, progress: BenchProgress) -> Path:
         with Worker(shape, allowed_cpus()) as worker:
             worker.ask("write a shape", name=shape, folder=str(folder), seed=SHAPE_SEED)
 
-    return cached(shape_folder_name(shape, SHAPE_SEED), write)
+    return cached_folder(shape_folder_name(shape, SHAPE_SEED), write)
 
 
 def _measure(request: Request, progress: BenchProgress) -> Record:

@@ -15,7 +15,7 @@ from edgeguard.cli.output import NOT_MEASURED, console, emit_json, figure, size
 
 __all__ = ["info_command"]
 
-LIBRARIES = ("numpy", "tokenizers", "onnxruntime")
+LIBRARIES = ("numpy", "tokenizers", "onnxruntime", "llama-cpp-python")
 FIGURES = ("f1", "precision", "recall", "fpr")
 
 

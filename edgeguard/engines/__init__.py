@@ -59,15 +59,27 @@ def _onnx(bundle: Bundle, threads: int | None) -> Engine:
 
 
 def _onnx_int8(bundle: Bundle, threads: int | None) -> Engine:
-    from edgeguard.engines.int8 import INT8_ENGINE, int8_graph
+    from edgeguard.engines.int8 import INT8_ENGINE, int8_files
     from edgeguard.engines.onnx import OnnxEngine
 
-    return OnnxEngine(int8_graph(bundle), outputs=len(bundle.manifest.head), threads=threads, name=INT8_ENGINE)
+    graph, weights = int8_files(bundle)
+    head = len(bundle.manifest.head)
+    return OnnxEngine(graph, outputs=head, threads=threads, name=INT8_ENGINE, weights=weights.parent)
+
+
+def _gguf(bundle: Bundle, threads: int | None) -> Engine:
+    try:
+        from edgeguard.engines.gguf import GgufEngine
+    except (OSError, RuntimeError) as error:  # what llama-cpp-python raises when its own library does not load
+        raise EngineError(f"the engine 'gguf' does not load here: {error}. Install llama-cpp-python again.") from error
+    return GgufEngine.from_bundle(bundle, threads=threads)
 
 
 # Name -> how to make it. ``onnx`` computes with the INT4 weights as they are and needs the least memory, ``onnx-int8``
-# with an INT8 copy of them, which is faster on a CPU with INT8 dot products.
-ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {"onnx": _onnx, "onnx-int8": _onnx_int8}
+# with an INT8 copy of them, which is faster on a CPU with INT8 dot products; ``gguf`` is llama.cpp.
+ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {"onnx": _onnx, "onnx-int8": _onnx_int8, "gguf": _gguf}
+# Name -> how to install it, for those that the base install lacks.
+EXTRAS = {"gguf": "pip install 'edgeguard-runtime[gguf]'"}
 
 
 def create_engine(name: str, bundle: Bundle, threads: int | None = None) -> Engine:
@@ -83,8 +95,9 @@ def create_engine(name: str, bundle: Bundle, threads: int | None = None) -> Engi
     try:
         return ENGINES[name](bundle, threads)
     except ImportError as error:
+        advice = f"Install it with {EXTRAS[name]}. " if name in EXTRAS else ""
         raise EngineError(
-            f"the engine {name!r} is not installed ({error}). Known engines: auto, {', '.join(ENGINES)}."
+            f"the engine {name!r} is not installed ({error}). {advice}Known engines: auto, {', '.join(ENGINES)}."
         ) from error
 
 

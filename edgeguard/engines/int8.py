@@ -9,9 +9,7 @@ cache.
 from __future__ import annotations
 
 import base64
-import hashlib
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -34,7 +32,7 @@ __all__ = [
     "STEPS",
     "Matrix",
     "Plan",
-    "int8_graph",
+    "int8_files",
     "to_int8",
     "write_int8_weights",
 ]
@@ -46,7 +44,6 @@ ALIGNMENT = 64  # bytes, of every tensor in the file: a cache line
 GROUP_SIZE = 32
 ZERO_NIBBLE = 8
 CHUNK_ROWS = 2048  # unpacked at a time, so that the memory stays small
-KEY_DIGITS = 16
 MAX_BYTES = 2**40
 
 
@@ -93,6 +90,8 @@ class Matrix:
 @dataclass(frozen=True)
 class Plan:
     """How the file ``weights`` of ``size`` bytes is made from the file ``source``.
+
+    The name ``weights`` is that of one content, since all bundles share a cache.
 
     ``copies``: (place in the source, bytes, place in the weights).
     """
@@ -144,42 +143,41 @@ def _copy(value: object, where: str) -> tuple[int, int, int]:
     return place, size, to
 
 
-def int8_graph(bundle: Bundle) -> Path:
-    """The bundle's INT8 graph beside its file of INT8 weights, both in the cache; made the first time.
+def int8_files(bundle: Bundle) -> tuple[Path, Path]:
+    """The bundle's INT8 graph, and its file of INT8 weights in the cache, which is made the first time.
 
     Raises BundleError when the bundle has no such graph, or a plan that its weights do not fit; EngineError when
     the cache cannot be written.
     """
     graph = bundle.file_for(INT8_ENGINE)
-    plan = graph.with_suffix(".json")
-    if plan.name not in bundle.manifest.files:
-        raise BundleError(f"{bundle.path}: expected {plan.name} beside {graph.name}, found no such file listed.")
-
-    def make(folder: Path) -> None:
-        shutil.copyfile(graph, folder / graph.name)
-        write_int8_weights(plan, folder)
-
-    hashes = [entry.sha256 for _, entry in sorted(bundle.manifest.files.items())]
-    key = hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:KEY_DIGITS]
-    return cached(f"{INT8_ENGINE}-{bundle.manifest.name}-{key}", make) / graph.name
+    file = graph.with_suffix(".json")
+    if file.name not in bundle.manifest.files:
+        raise BundleError(f"{bundle.path}: expected {file.name} beside {graph.name}, found no such file listed.")
+    plan = Plan.from_json(file.read_bytes(), str(file))
+    return graph, cached(plan.weights, lambda path: _carry_out(plan, file, path))
 
 
-def write_int8_weights(file: Path, folder: Path) -> None:
-    """Write the weights that the plan in ``file`` describes into ``folder``; its source stands beside the plan.
+def write_int8_weights(file: Path, folder: Path) -> Path:
+    """Carry out the plan in ``file``, whose source stands beside it; returns the file of weights, in ``folder``.
 
     Raises BundleError for a damaged plan, or one that its source does not fit.
     """
     plan = Plan.from_json(file.read_bytes(), str(file))
+    _carry_out(plan, file, folder / plan.weights)
+    return folder / plan.weights
+
+
+def _carry_out(plan: Plan, file: Path, target: Path) -> None:
     try:
         source = np.memmap(file.with_name(plan.source), np.uint8, "r")
-        with (folder / plan.weights).open("wb") as output:
+        with target.open("wb") as output:
             output.truncate(plan.size)
             for matrix in plan.matrices:
                 _write_matrix(source, matrix, output)
             for place, size, to in plan.copies:
                 _write(output, to, _cut(source, place, size))
             written = output.seek(0, os.SEEK_END)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise BundleError(f"{file}: expected places within {plan.source}, found {error}.") from error
     if written != plan.size:
         raise BundleError(f"{file}: expected {plan.size} bytes of weights, found {written}.")

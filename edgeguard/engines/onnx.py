@@ -23,6 +23,7 @@ __all__ = ["OnnxEngine", "Seen", "empty_past"]
 INPUTS = {"input_ids": "tensor(int64)", "attention_mask": "tensor(int64)"}
 OUTPUTS = {"logits": "tensor(float)"}
 ERRORS_ONLY = 3
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # read for a model that is given as bytes
 FLOAT = "tensor(float)"
 
 
@@ -47,8 +48,19 @@ def empty_past(session: onnxruntime.InferenceSession, batch: int) -> dict[str, N
 class OnnxEngine:
     """An onnxruntime session. ``outputs``: K, the labels of the bundle's head; ``name``: of the engine."""
 
-    def __init__(self, file: Path, *, outputs: int, threads: int | None = None, name: str = "onnx") -> None:
-        """Load ``file``. Raises EngineError for a file that is no such model."""
+    def __init__(
+        self,
+        file: Path,
+        *,
+        outputs: int,
+        threads: int | None = None,
+        name: str = "onnx",
+        weights: Path | None = None,
+    ) -> None:
+        """Load ``file``; ``weights``: the folder of the file that it has its weights in, None for its own folder.
+
+        Raises EngineError for a file that is no such model.
+        """
         self.name = name
         self.threads = choose_threads(threads)
         self._outputs = outputs
@@ -56,8 +68,11 @@ class OnnxEngine:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = ERRORS_ONLY
+        if weights is not None:
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
         try:
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            model = str(file) if weights is None else file.read_bytes()
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no base but Exception
             raise EngineError(f"{file}: expected a model that onnxruntime loads, found {_first_line(error)}") from error
         self._check_graph(file)
