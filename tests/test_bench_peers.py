@@ -200,7 +200,7 @@ def test_a_shape_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypat
     (tmp_path / "cache").write_text("a file where the cache should be")
     result = bench("--shape", "tiny")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "the cache folder cannot be written" in result.stderr and "EDGEGUARD_CACHE" in result.stderr
+    assert "expected a folder that can be written" in result.stderr and "EDGEGUARD_CACHE" in result.stderr
 
 
 @pytest.mark.slow

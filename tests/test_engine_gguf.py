@@ -218,6 +218,7 @@ def test_a_guard_runs_on_it(kind: str, request: pytest.FixtureRequest) -> None:
         "version": llama_cpp.__version__,
         "providers": ["llama.cpp Metal", "llama.cpp CPU"] if has_metal() else ["llama.cpp CPU"],
         "threads": 1,
+        "choice": None,
     }
     kept = Guard.load(request.getfixturevalue(f"{kind}_bundle"), threads=1).info()["engine"]["name"]
     assert kept == kind  # "auto" takes what the bundle has a file for

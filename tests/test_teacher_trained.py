@@ -107,9 +107,9 @@ def test_it_judges_rows(base: Path, trained: tuple[Student, Path], tmp_path: Pat
     student, folder = trained
     teacher, expected = TrainedTeacher(base, folder, *text_side(base), MAX_TOKENS), logits(student, base)
     for judgement, row in zip(teacher.judge(ROWS), expected, strict=True):
-        assert judgement.margin == pytest.approx(row[1] - row[0], abs=1e-4)
+        assert judgement.margin == pytest.approx(row[1] - row[0], abs=0.05)  # bfloat16
         assert list(judgement.hazards) == list(HAZARDS)
-        assert list(judgement.hazards.values()) == pytest.approx(list(1 / (1 + np.exp(-row[2:]))), abs=1e-4)
+        assert list(judgement.hazards.values()) == pytest.approx(list(1 / (1 + np.exp(-row[2:]))), abs=0.01)
     assert [teacher.length(row) for row in ROWS] == [len(e.ids) for e in examples(base)]
     scores = label_rows(teacher, ROWS, tmp_path / "scores.jsonl", tokens=512)
     assert read_scores(tmp_path / "scores.jsonl") == scores and len(scores) == len(ROWS)

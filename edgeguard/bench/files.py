@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from edgeguard.bench.records import BenchError
-from edgeguard.cache import CACHE_VARIABLE, cache_folder
+from edgeguard.cache import cache_folder
 
 __all__ = ["cached_folder", "scratch_folder", "write_whole"]
 
@@ -35,7 +34,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """The folder ``name`` of the cache; ``make`` fills it the first time.
 
     It is made beside its place and moved there in one step, so whoever dies leaves no half of it, and of two that make
-    it at once one wins. Raises BenchError when the cache cannot be written.
+    it at once one wins. Raises EngineError when the cache cannot be written.
     """
     target = cache_folder() / name
     if target.is_dir():
@@ -58,17 +57,12 @@ def scratch_folder() -> Iterator[Path]:
 
     One that a killed run left behind goes when it is a day old.
     """
-    try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        for left in cache_folder().glob(f"{SCRATCH_PREFIX}*"):
-            with suppress(FileNotFoundError):  # its own run was faster
-                if time.time() - left.stat().st_mtime > STALE_S:
-                    shutil.rmtree(left, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=cache_folder()))
-    except OSError as error:
-        raise BenchError(
-            f"{cache_folder()}: the cache folder cannot be written ({error.strerror}). Set {CACHE_VARIABLE} to another."
-        ) from error
+    place = cache_folder()
+    for left in place.glob(f"{SCRATCH_PREFIX}*"):
+        with suppress(FileNotFoundError):  # its own run was faster
+            if time.time() - left.stat().st_mtime > STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=place))
     try:
         yield folder
     finally:

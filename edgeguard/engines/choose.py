@@ -47,13 +47,13 @@ def choose_engine(
     ``make``: loads an engine. The record holds ``chosen``, ``latency_ms`` (median, by engine) and ``refused`` (why, by
     engine); it is kept in the cache by bundle, machine, versions and threads. Raises EngineError when none is left.
     """
-    file = cache_folder() / f"engine-{_key(bundle, names, threads)}.json"
+    name = f"engine-{_key(bundle, names, threads)}.json"
     with suppress(OSError, ValueError, KeyError, EngineError, BundleError):  # nothing remembered, or it no longer loads
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
         return make(record["chosen"]), record
     record = _measure(bundle, names, make)
-    with suppress(OSError):  # measured again the next time
-        _keep(file, record)
+    with suppress(OSError, EngineError):  # no cache: measured again the next time
+        _keep(cache_folder() / name, record)
     LOG.info("%s: chose the engine %s", bundle.label, record)
     return make(record["chosen"]), record
 
@@ -105,7 +105,6 @@ def _key(bundle: Bundle, names: Sequence[str], threads: int | None) -> str:
 
 
 def _keep(file: Path, record: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
     with os.fdopen(handle, "w", encoding="utf-8") as stream:
         json.dump(record, stream)
