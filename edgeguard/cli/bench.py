@@ -26,6 +26,7 @@ __all__ = ["bench_command"]
 
 STDOUT = "-"
 LINE_EVERY_S = 15.0
+QUIET_LOAD = 0.5  # of one CPU, over the minute before
 
 
 def _lengths(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -114,6 +115,8 @@ def bench_command(
     with _leaving_tidily(), BenchProgress() as progress:
         request = _request(shape, progress, **settings)
         record = _measure(request, progress)
+    if (record.device.load_before or 0) > QUIET_LOAD:
+        warn(f"the load average was {record.device.load_before:.1f} before the run: other work disturbed it.")
     _write(record, json_file, markdown_file, plot_file)
 
 
