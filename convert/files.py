@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["read_json", "write_json", "write_whole"]
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["read_json", "write_arrays", "write_json", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -25,6 +30,16 @@ def write_json(path: Path, data: Any) -> None:  # noqa: ANN401
     """Write ``data`` as readable JSON, whole or not at all."""
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_arrays(path: Path, **arrays: NDArray[Any]) -> None:
+    """Write named arrays as an ``.npz`` file, whole or not at all."""
+
+    def save(part: Path) -> None:
+        with part.open("wb") as stream:  # given a name, numpy would append its own suffix
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+    write_whole(path, save)
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401

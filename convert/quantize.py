@@ -7,7 +7,7 @@ Symmetric [-8, 7], groups of 32 along the input axis, one fp16 scale a group, ex
     value = (nibble - 8) * fp16(d)                       (d rounded here)
 
 The sign of d puts the largest value on -8, the end of the grid that has no mirror image. Quantizing the values of a
-quantized weight again gives the same values. How the containers hold them: :mod:`edgeguard.engines.gguf_weights`.
+quantized weight again gives the same values. How the containers hold them: :mod:`edgeguard.engines.int4_weights`.
 
 Sources: gguf-py 0.19 ``gguf/quants.py`` (class Q4_0), llama.cpp ``ggml-quants.c`` (quantize_row_q4_0_ref).
 """
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeguard.engines.gguf_weights import GROUP_SIZE, Q4_0_GROUP_BYTES, Int4Weight, check_shape
+from edgeguard.engines.int4_weights import GROUP_SIZE, Q4_0_GROUP_BYTES, Int4Weight, check_shape
 
 __all__ = ["GROUP_SIZE", "Q4_0_GROUP_BYTES", "Int4Weight", "as_int4", "quantize_int4"]
 

@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from convert.corpora.registry import Row
-from convert.files import write_whole
+from convert.files import write_arrays
 from edgeguard.bundle import sha256_of
 from edgeguard.engines.int8 import write_int8_weights
 from edgeguard.errors import EdgeguardError
@@ -134,20 +134,21 @@ def onnx_stage(name: str, path: Path, pad_id: int, sets: tuple[str, ...] | None 
         import onnxruntime
 
         from convert.batches import batches
-        from edgeguard.engines.onnx import empty_past
+        from edgeguard.engines.onnx import empty_past, past_shapes
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        past = past_shapes(session)
         rows: dict[int, np.ndarray] = {}
         for indices, batch in batches(examples, BATCH_TOKENS, pad_id):
             feeds = {"input_ids": batch.ids.numpy(), "attention_mask": batch.mask.numpy()}
-            feeds |= empty_past(session, len(indices))
+            feeds |= empty_past(past, len(indices))
             rows.update(zip(indices, session.run(["logits"], feeds)[0], strict=True))
         return np.stack([rows[i] for i in range(len(examples))])
 
     return Stage(name, sha256_of(path), logits, sets)
 
 
-def int8_stage(name: str, graph: Path, pad_id: int, sets: tuple[str, ...] | None = None) -> Stage:
+def int8_stage(name: str, graph: Path, pad_id: int) -> Stage:
     """The INT8 graph ``graph`` and the plan beside it, with weights made for this run alone."""
     plan = graph.with_suffix(".json")
 
@@ -156,7 +157,7 @@ def int8_stage(name: str, graph: Path, pad_id: int, sets: tuple[str, ...] | None
             write_int8_weights(plan, Path(folder))
             return onnx_stage(name, Path(shutil.copy(graph, folder)), pad_id).logits(examples)
 
-    return Stage(name, f"{sha256_of(graph)} {sha256_of(plan)}", logits, sets)
+    return Stage(name, f"{sha256_of(graph)} {sha256_of(plan)}", logits)
 
 
 def gguf_stage(name: str, path: Path, sets: tuple[str, ...] | None = None) -> Stage:
@@ -202,13 +203,8 @@ def score_rows(
     logits = stage.logits(examples)
     seconds, tokens = time.monotonic() - started, sum(len(e.ids) for e in examples)
     click.echo(f"{stage.name} {name}: {len(rows)} rows, {tokens / seconds:.0f} tokens/s", err=True)
-    write_whole(path, lambda p: _save(p, logits, key))
+    write_arrays(path, logits=logits, key=np.array(key))
     return logits
-
-
-def _save(path: Path, logits: np.ndarray, key: str) -> None:
-    with path.open("wb") as stream:
-        np.savez(stream, logits=logits, key=np.array(key))
 
 
 def _key(stage: Stage, rows: Sequence[Row], template: Template, max_tokens: int) -> str:

@@ -38,15 +38,24 @@ class Guard:
     """A loaded bundle. Make one with :meth:`load`."""
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer, operating_point: str = DEFAULT_OPERATING_POINT
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        operating_point: str = DEFAULT_OPERATING_POINT,
+        *,
+        choice: Mapping[str, Any] | None = None,
     ) -> None:
-        """Put loaded parts together. Raises PolicyError for an operating point that the bundle does not define."""
+        """Put loaded parts together; ``choice``: how the engine was chosen, for :meth:`info`.
+
+        Raises PolicyError for an operating point that the bundle does not define.
+        """
         self._bundle = bundle
         self._engine = engine
         self._tokenizer = tokenizer
         self._operating_point = operating_point
         self._thresholds = bundle.manifest.thresholds
-        self._choice: Mapping[str, Any] | None = None
+        self._choice = choice
         threshold_for(self._thresholds, operating_point, "prompt")
 
     @classmethod
@@ -71,8 +80,7 @@ class Guard:
             made, choice = fastest_engine(opened, threads)
         else:
             made = create_engine(engine, opened, threads)
-        guard = cls(opened, made, opened.load_tokenizer(), operating_point)
-        guard._choice = choice
+        guard = cls(opened, made, opened.load_tokenizer(), operating_point, choice=choice)
         if self_test:
             guard.self_test()
         return guard

@@ -22,6 +22,8 @@ from convert.__main__ import main  # noqa: E402
 from convert.corpora.registry import CorpusError  # noqa: E402
 from convert.recipe import Recipe, RecipeError, load_recipe  # noqa: E402
 from convert.smoke import requests, row, write_base, write_data, write_sets  # noqa: E402
+from convert.steps.data import read_examples  # noqa: E402
+from convert.steps.training import blend_targets  # noqa: E402
 from convert.student import StudentError  # noqa: E402
 from edgeguard import Guard  # noqa: E402
 from edgeguard.errors import ParityError  # noqa: E402
@@ -189,17 +191,17 @@ def test_the_target_lies_between_the_teacher_and_the_start(recipe: Recipe, tmp_p
     from convert.student import Student
 
     source = steps.trimmed_base(recipe)
-    rows = steps._examples(recipe, "validation", 48, source)[:6]
+    rows = read_examples(recipe, "validation", 48, source)[:6]
     pad_id, pupil = steps.text_side(source)[0].pad_id, Student.load(steps.train(recipe))
     own = score(pupil, rows, pad_id, bf16=True)
     taught = [replace(row, teacher=2.0 if i % 2 else None) for i, row in enumerate(rows)]
-    kept = tmp_path / "margins.npy"
-    blended = steps._blended(pupil, taught, pad_id, 0.25, kept)
+    kept = tmp_path / "margins.npz"
+    blended = blend_targets(pupil, taught, pad_id, 0.25, kept)
     assert [row.teacher is None for row in blended] == [True, False] * 3
     wanted = [1.5 + 0.25 * (own[i, 1] - own[i, 0]) for i in (1, 3, 5)]
     assert [row.teacher for row in blended[1::2]] == pytest.approx(wanted, abs=0.05)  # bf16, other batches
-    np.save(kept, np.zeros(3))  # a resumed run keeps the targets that it began with
-    assert [row.teacher for row in steps._blended(pupil, taught, pad_id, 0.25, kept)[1::2]] == [1.5] * 3
+    np.savez(kept, margins=np.zeros(3))  # a resumed run keeps the targets that it began with
+    assert [row.teacher for row in blend_targets(pupil, taught, pad_id, 0.25, kept)[1::2]] == [1.5] * 3
 
 
 def test_an_export_that_differs_is_refused(recipe: Recipe, tmp_path: Path) -> None:

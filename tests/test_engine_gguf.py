@@ -38,7 +38,7 @@ from edgeguard.engines.gguf_body import engine_files  # noqa: E402
 from edgeguard.engines.gguf_file import add_config, add_weights, finish, permuted_rows, tensor_names  # noqa: E402
 from edgeguard.engines.gguf_llama import LlamaModel, has_metal  # noqa: E402
 from edgeguard.engines.gguf_source import read_onnx  # noqa: E402
-from edgeguard.engines.gguf_weights import Int4Weight, StudentConfig, Weights  # noqa: E402
+from edgeguard.engines.int4_weights import Int4Weight, StudentConfig, Weights  # noqa: E402
 from edgeguard.errors import BundleError, EngineError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

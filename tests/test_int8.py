@@ -118,7 +118,7 @@ def test_the_graph_equals_torch_with_the_same_roundings(config: StudentConfig, s
 )
 def test_an_int8_value_is_within_half_a_step(values: np.ndarray) -> None:
     quantized = quantize_int4(values)
-    found, scale = to_int8(quantized.pack_matmulnbits(), quantized.scales)
+    found, scale = to_int8(quantized)
     assert found.dtype == np.int8 and np.abs(found.astype(int)).max() <= 127
     error = np.abs(found * scale[:, None] - quantized.dequantize())
     assert (error <= scale[:, None] * 0.5001).all()

@@ -28,7 +28,7 @@ from edgeguard.engines.gguf_file import (
     read_gguf,
     tensor_names,
 )
-from edgeguard.engines.gguf_weights import StudentConfig, Weights
+from edgeguard.engines.int4_weights import StudentConfig, Weights
 
 __all__ = ["GgufError", "permuted_rows", "pre_tokenizer_name", "read_gguf", "tensor_names", "write_gguf"]
 

@@ -19,7 +19,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from convert.export.onnx_graph import StudentConfig, Weights, build_guard_graph
-from edgeguard.engines.onnx import empty_past
+from edgeguard.engines.onnx import empty_past, past_shapes
 from edgeguard.errors import ParityError
 
 __all__ = ["compare_logits", "export_onnx", "run_onnx", "save_checked"]
@@ -87,13 +87,13 @@ def run_onnx(path: str | Path, ids: NDArray[np.int64], mask: NDArray[np.int64]) 
     if not (mask[:, 0] == 1).all() or (np.diff(mask, axis=1) > 0).any():
         raise ValueError("every row of the mask must be ones, at least one, then zeros (padding on the right).")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    batches = []
+    past, batches = past_shapes(session), []
     for start in range(0, len(ids), BATCH_SIZE):
         rows = slice(start, start + BATCH_SIZE)
         longest = int(mask[rows].sum(axis=1).max())
         feeds = {"input_ids": ids[rows, :longest], "attention_mask": mask[rows, :longest]}
         feeds = {name: np.asarray(value, np.int64) for name, value in feeds.items()}
-        batches.append(session.run(["logits"], {**feeds, **empty_past(session, len(ids[rows]))})[0])
+        batches.append(session.run(["logits"], {**feeds, **empty_past(past, len(ids[rows]))})[0])
     return np.concatenate(batches)
 
 

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from convert.quantize import GROUP_SIZE, Int4Weight, as_int4
 from edgeguard.engines.gguf_source import LABELS_KEY, ROPE_FACTORS_KEY
-from edgeguard.engines.gguf_weights import StudentConfig, Weights, check_weights
+from edgeguard.engines.int4_weights import StudentConfig, Weights, check_weights
 
 __all__ = [
     "LABELS_KEY",

@@ -1,6 +1,6 @@
 """From one container to the other without loss: both hold the same INT4 integers, in another order of bytes.
 
-Reading gives :class:`~edgeguard.engines.gguf_weights.Int4Weight` as it was written, so nothing is rounded anywhere. A
+Reading gives :class:`~edgeguard.engines.int4_weights.Int4Weight` as it was written, so nothing is rounded anywhere. A
 file that was written is read back and compared, integer by integer, before it takes its place.
 """
 
@@ -19,7 +19,7 @@ from convert.export.onnx_graph import build_guard_graph
 from convert.files import write_whole
 from edgeguard.engines.gguf_file import GgufStudent, read_gguf
 from edgeguard.engines.gguf_source import OnnxStudent, TranscodeError, read_onnx
-from edgeguard.engines.gguf_weights import Int4Weight, Weights
+from edgeguard.engines.int4_weights import Int4Weight, Weights
 from edgeguard.errors import ParityError
 
 __all__ = [

@@ -22,11 +22,9 @@ import click
 from convert.recipe import Recipe
 from convert.steps.bundling import package
 from convert.steps.containers import export, roads
-from convert.steps.data import _examples as _examples  # for tests
 from convert.steps.data import base, calibration_rows, corpus, evaluation_rows, read_mix, text_side, trimmed_base
 from convert.steps.measuring import evaluate, measure, stages
 from convert.steps.teaching import judge_tests, label, rows_to_judge, teacher
-from convert.steps.training import _blended as _blended  # for tests
 from convert.steps.training import qat, student, train
 
 __all__ = [

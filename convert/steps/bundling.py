@@ -11,9 +11,9 @@ from convert.corpora.registry import Row, get_set
 from convert.files import read_json, write_json
 from convert.recipe import Recipe
 from convert.steps.containers import export
-from convert.steps.data import _data_sha256, corpus, text_side, trimmed_base
+from convert.steps.data import corpus, data_sha256, text_side, trimmed_base
 from convert.steps.measuring import evaluate
-from convert.steps.teaching import _teacher_name, _unlabelled
+from convert.steps.teaching import rows_without_label, teacher_name
 
 __all__ = ["package"]
 
@@ -42,8 +42,8 @@ def package(recipe: Recipe) -> Path:
         fitted,
         staged,
         vectors,
-        teacher=_teacher_name(recipe),
-        data_sha256=_data_sha256(recipe),
+        teacher=teacher_name(recipe),
+        data_sha256=data_sha256(recipe),
     )
     data = _with_unlabelled(recipe, read_json(corpus(recipe).with_name("data_manifest.json")))
     write_json(staged / "manifest.json", manifest)
@@ -62,7 +62,7 @@ def package(recipe: Recipe) -> Path:
 def _with_unlabelled(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
     """The data manifest with the sets that only the teacher labelled."""
     if recipe.distill:
-        rows = _unlabelled(recipe)
+        rows = rows_without_label(recipe)
         manifest["unlabelled"] = {
             name: {
                 "rows": sum(row.set == name for row in rows),

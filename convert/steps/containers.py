@@ -6,8 +6,8 @@ from pathlib import Path
 
 from convert.files import write_json
 from convert.recipe import Recipe
-from convert.steps.data import _batches, _examples, _spread, text_side, trimmed_base
-from convert.steps.kept import _made
+from convert.steps.data import read_examples, sample_batches, spread, text_side, trimmed_base
+from convert.steps.kept import is_made
 from convert.steps.training import qat, smoothing, train
 from edgeguard.bundle import sha256_of
 
@@ -22,10 +22,10 @@ def roads(recipe: Recipe) -> Path:
     folder = recipe.build / "gptq"
     source = trimmed_base(recipe)
     inputs = {"roads": recipe.roads, "student_sha256": sha256_of(train(recipe) / "student.safetensors")}
-    if recipe.roads and not _made(folder / "student.safetensors", inputs, folder):
-        rows = _examples(recipe, "train", recipe.train["max_tokens"], source)[:: recipe.roads["every"]]
+    if recipe.roads and not is_made(folder / "student.safetensors", inputs, folder):
+        rows = read_examples(recipe, "train", recipe.train["max_tokens"], source)[:: recipe.roads["every"]]
         rounded = Student.load(train(recipe))
-        load_int4(rounded, gptq(rounded, _batches(rows, source))).save(folder)
+        load_int4(rounded, gptq(rounded, sample_batches(rows, source))).save(folder)
     return folder
 
 
@@ -37,12 +37,12 @@ def export(recipe: Recipe) -> Path:
     path = recipe.build / "export" / "model.onnx"
     source, folder = qat(recipe) / "student.safetensors", trimmed_base(recipe)
     record = path.with_name("parity.json")
-    if not _made(record, {"student_sha256": sha256_of(source), "export": recipe.export}, path.parent):
+    if not is_made(record, {"student_sha256": sha256_of(source), "export": recipe.export}, path.parent):
         template, tokenizer = text_side(folder)
         max_tokens = recipe.student["max_tokens"]
         figures = export_containers(
             Student.load(source.parent),
-            _spread(_examples(recipe, "validation", max_tokens, folder), recipe.export["samples"]),
+            spread(read_examples(recipe, "validation", max_tokens, folder), recipe.export["samples"]),
             path.parent,
             pad_id=template.pad_id,
             max_tokens=max_tokens,

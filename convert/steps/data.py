@@ -23,7 +23,7 @@ from convert.corpora.mix import (
 from convert.corpora.registry import CorpusError, Row, get_set
 from convert.files import read_json, write_json, write_whole
 from convert.recipe import Recipe
-from convert.steps.kept import _made
+from convert.steps.kept import is_made
 from edgeguard.prompt import Template
 
 if TYPE_CHECKING:
@@ -32,7 +32,20 @@ if TYPE_CHECKING:
     from convert.batches import Batch, Example
     from convert.teachers.score_file import Score
 
-__all__ = ["base", "calibration_rows", "corpus", "evaluation_rows", "read_mix", "text_side", "trimmed_base"]
+__all__ = [
+    "base",
+    "calibration_rows",
+    "corpus",
+    "data_sha256",
+    "encode_mixed",
+    "evaluation_rows",
+    "read_examples",
+    "read_mix",
+    "sample_batches",
+    "spread",
+    "text_side",
+    "trimmed_base",
+]
 
 SAMPLE_TOKENS = 4096  # of one batch of a sample
 
@@ -46,7 +59,7 @@ def corpus(recipe: Recipe) -> Path:
     """Step ``corpus``: ``mix.jsonl.gz`` and ``data_manifest.json``."""
     folder = recipe.build / "corpus"
     path = folder / "mix.jsonl.gz"
-    if not _made(path, {"corpus": recipe.corpus}, folder):
+    if not is_made(path, {"corpus": recipe.corpus}, folder):
         keys = leak_keys(recipe.evaluate["sets"])
         sets, constructed = recipe.corpus["sets"], recipe.corpus["constructed"]
         mix = build_mix(sets, constructed, seed=recipe.corpus["seed"], keys=keys)
@@ -83,9 +96,9 @@ def trimmed_base(recipe: Recipe) -> Path:
         return trimmed_base(recipe.start)  # whose student has that vocabulary
     folder = recipe.build / "trimmed"
     record = folder / "trimmed.json"
-    inputs = {"base": recipe.base, "trim_min_count": least, "data": _data_sha256(recipe)}
+    inputs = {"base": recipe.base, "trim_min_count": least, "data": data_sha256(recipe)}
     inputs["target_tokens"] = recipe.student.get("target_tokens")
-    if not _made(record, inputs, folder):
+    if not is_made(record, inputs, folder):
         texts = [text for m in read_mix(recipe) if m.split == "train" for _, text in m.row.messages()]
         texts += [text for text in recipe.student.get("target_tokens", {}).values() for _ in range(least)]
         write_json(record, trim_base(base(recipe), folder, texts, min_count=least))
@@ -120,20 +133,20 @@ def _held_back(recipe: Recipe, mixed: Sequence[MixedRow]) -> list[Row]:
     return rows
 
 
-def _data_sha256(recipe: Recipe) -> str:
+def data_sha256(recipe: Recipe) -> str:
     """The hash of the mix, over every row."""
     return str(read_json(corpus(recipe).with_name("data_manifest.json"))["sha256"])
 
 
-def _examples(recipe: Recipe, split: str, max_tokens: int, source: Path) -> list[Example]:
+def read_examples(recipe: Recipe, split: str, max_tokens: int, source: Path) -> list[Example]:
     """The labelled rows of a split, encoded for the base in ``source``."""
     mixed = [m for m in read_mix(recipe) if m.split == split]
     if split == "train":
         check_no_test_rows((m.row for m in mixed), leak_keys(recipe.evaluate["sets"]))
-    return _encoded(mixed, max_tokens, source)
+    return encode_mixed(mixed, max_tokens, source)
 
 
-def _encoded(
+def encode_mixed(
     mixed: Sequence[MixedRow], max_tokens: int, source: Path, scores: Mapping[str, Score] | None = None
 ) -> list[Example]:
     """Rows with their weights, and with the teacher's ``scores`` of them, encoded for the base in ``source``."""
@@ -142,12 +155,12 @@ def _encoded(
     return encode_rows([m.row for m in mixed], *text_side(source), max_tokens, [m.weight for m in mixed], scores)
 
 
-def _spread(examples: list[Example], count: int) -> list[Example]:
+def spread(examples: list[Example], count: int) -> list[Example]:
     """About ``count`` examples from all over the mix, whose sets follow one another."""
     return examples[:: max(1, len(examples) // count)]
 
 
-def _batches(examples: Sequence[Example], source: Path) -> list[Batch]:
+def sample_batches(examples: Sequence[Example], source: Path) -> list[Batch]:
     """``examples`` in a few batches, for what looks at activations."""
     from convert.batches import batches
 

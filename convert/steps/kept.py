@@ -9,8 +9,10 @@ from typing import Any
 from convert.files import read_json, write_json
 from convert.recipe import RecipeError
 
+__all__ = ["is_made"]
 
-def _made(result: Path, inputs: dict[str, Any], folder: Path) -> bool:
+
+def is_made(result: Path, inputs: dict[str, Any], folder: Path) -> bool:
     """Whether ``result`` is there. What it is made from is kept in ``folder`` beside everything else of the step.
 
     Raises RecipeError when something in the folder, a checkpoint for one, was made from other settings.

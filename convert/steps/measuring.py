@@ -74,7 +74,7 @@ def measure(recipe: Recipe, tests: dict[str, list[Row]], held_back: list[Row]) -
 
 
 def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
-    """What is measured: the shipped file first, then what it came from, and what is compared with it on fewer sets."""
+    """What is measured: the shipped files, what they came from, and what is compared with them on fewer sets."""
     from convert.export.containers import FILES
     from convert.export.int8_graph import INT8_GRAPH
     from convert.record import GGUF, GPTQ, INT8, REFERENCE, ROUNDED, SHIPPED, STANDARD, TEACHER, TORCH_INT4
@@ -85,10 +85,10 @@ def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
     measured: list[Stage | TeacherStage] = [
         onnx_stage(SHIPPED, shipped, pad_id),
         torch_stage(REFERENCE, train(recipe), pad_id),
+        int8_stage(INT8, shipped.with_name(INT8_GRAPH), pad_id),
     ]
     if some:
         measured.append(int4_stage(TORCH_INT4, qat(recipe), pad_id, some))
-        measured.append(int8_stage(INT8, shipped.with_name(INT8_GRAPH), pad_id, some))
     if some and recipe.roads:
         # GPTQ's values are on the grid already, and not where rounding would put them: they are run as they are.
         measured.append(int4_stage(ROUNDED, train(recipe), pad_id, some))

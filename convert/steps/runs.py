@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.recipe import Recipe
-from convert.steps.data import _examples, text_side
+from convert.steps.data import read_examples, text_side
 
 if TYPE_CHECKING:
     from convert.batches import Example
     from convert.distill import Loss
     from convert.student import Student
 
+__all__ = ["run_training"]
 
-def _run(
+
+def run_training(
     recipe: Recipe,
     table: dict[str, Any],
     student: Student,
@@ -31,6 +33,6 @@ def _run(
 
     names = {f.name for f in fields(Settings)}
     settings = Settings(**{name: value for name, value in table.items() if name in names})
-    validation = _examples(recipe, "validation", table["max_tokens"], source)
+    validation = read_examples(recipe, "validation", table["max_tokens"], source)
     torch.manual_seed(settings.seed)  # for LoRA's dropout: the order of the rows is seeded by itself
     Trainer(student, loss, rows, validation, text_side(source)[0].pad_id, settings, folder).run()

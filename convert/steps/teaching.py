@@ -12,15 +12,15 @@ from convert.corpora.mix import is_noisy, leak_keys, row_keys, shuffled_by_text,
 from convert.corpora.registry import Row, check_ids
 from convert.files import read_json, write_json
 from convert.recipe import Recipe
-from convert.steps.data import _data_sha256, _examples, calibration_rows, evaluation_rows, read_mix, text_side
-from convert.steps.kept import _made
-from convert.steps.runs import _run
+from convert.steps.data import calibration_rows, data_sha256, evaluation_rows, read_examples, read_mix, text_side
+from convert.steps.kept import is_made
+from convert.steps.runs import run_training
 from edgeguard.bundle import sha256_of
 
 if TYPE_CHECKING:
     from convert.teachers.score_file import Teacher
 
-__all__ = ["judge_tests", "label", "rows_to_judge", "teacher"]
+__all__ = ["judge_tests", "label", "rows_to_judge", "rows_without_label", "teacher", "teacher_name"]
 
 TEACHER_BASE = "teacher_base"
 
@@ -37,12 +37,12 @@ def teacher(recipe: Recipe) -> Path:
     source = fetch_base(table["base"], recipe.build / TEACHER_BASE)
     done = folder / "final" / "teacher.json"
     settings = {name: table[name] for name in ("base", "layers", "train")}
-    if not _made(done, {**settings, "data": _data_sha256(recipe)}, folder):
+    if not is_made(done, {**settings, "data": data_sha256(recipe)}, folder):
         student = Student.from_base(source, table["layers"])
         training = table["train"]
         add_adapter(student, training["lora"], training.get("freeze_layers", 0), seed=training["seed"])
-        rows = _examples(recipe, "train", training["max_tokens"], source)
-        _run(recipe, training, student, label_loss(training["hazard_weight"]), folder, source, rows)
+        rows = read_examples(recipe, "train", training["max_tokens"], source)
+        run_training(recipe, training, student, label_loss(training["hazard_weight"]), folder, source, rows)
         save_adapter(student, done.parent)
     return done.parent
 
@@ -58,7 +58,7 @@ def label(recipe: Recipe) -> Path:
     path = recipe.build / "scores.jsonl"
     if recipe.distill:
         asked = {name: recipe.distill[name] for name in ("unlabelled", "judged")}
-        _judge(recipe, lambda: rows_to_judge(recipe), path, {**asked, "data": _data_sha256(recipe)})
+        _judge(recipe, lambda: rows_to_judge(recipe), path, {**asked, "data": data_sha256(recipe)})
     return path
 
 
@@ -94,14 +94,14 @@ def _judge(recipe: Recipe, rows: Callable[[], list[Row]], path: Path, asked: dic
 
 def rows_to_judge(recipe: Recipe) -> list[Row]:
     """At most ``judged`` rows, shuffled: those without a label, those labelled by construction, then the others."""
-    rows = _unlabelled(recipe)
+    rows = rows_without_label(recipe)
     mixed = shuffled_by_text([m.row for m in read_mix(recipe) if m.split == "train"], recipe.corpus["seed"])
     check_ids([*rows, *mixed])
     noisy = [row for row in mixed if is_noisy(row)]
     return [*rows, *noisy, *(row for row in mixed if not is_noisy(row))][: recipe.distill["judged"]]
 
 
-def _unlabelled(recipe: Recipe) -> list[Row]:
+def rows_without_label(recipe: Recipe) -> list[Row]:
     """The rows that only the teacher labels; none shares a text with a row that has a label, or with a test."""
     known = leak_keys(recipe.evaluate["sets"])
     known.update(*(row_keys(row) for row in [*(m.row for m in read_mix(recipe)), *calibration_rows(recipe)]))
@@ -120,7 +120,7 @@ def _load_teacher(recipe: Recipe) -> Teacher:
     return TrainedTeacher(source, final, *text_side(source), recipe.teacher["max_tokens"])
 
 
-def _teacher_name(recipe: Recipe) -> str | None:
+def teacher_name(recipe: Recipe) -> str | None:
     """What the student learned from beside labels: the teacher's model, and its weights as its scores name them."""
     from convert.teachers.score_file import read_scores
 

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 
 from convert.base import target_token
 from convert.corpora.mix import MixedRow, check_no_test_rows, leak_keys
-from convert.files import write_whole
+from convert.files import write_arrays
 from convert.recipe import Recipe
 from convert.steps.data import (
-    _batches,
-    _data_sha256,
-    _encoded,
-    _examples,
-    _spread,
+    data_sha256,
+    encode_mixed,
+    read_examples,
     read_mix,
+    sample_batches,
+    spread,
     text_side,
     trimmed_base,
 )
-from convert.steps.kept import _made
-from convert.steps.runs import _run
-from convert.steps.teaching import _unlabelled, label
+from convert.steps.kept import is_made
+from convert.steps.runs import run_training
+from convert.steps.teaching import label, rows_without_label
 from edgeguard.bundle import sha256_of
 
 if TYPE_CHECKING:
     from convert.batches import Example
     from convert.student import Student
 
-__all__ = ["qat", "smoothing", "student", "train"]
+__all__ = ["blend_targets", "qat", "smoothing", "student", "train"]
 
 SMOOTHING_ROWS = 300  # of the mix, whose activations are measured
 
@@ -47,15 +46,15 @@ def student(recipe: Recipe) -> Path:
         return train(recipe.start)
     folder, table = recipe.build / "student", recipe.student
     source = trimmed_base(recipe)
-    inputs = {"student": table, "base": recipe.base, "data": _data_sha256(recipe)}
-    if not _made(folder / "student.safetensors", inputs, folder):
+    inputs = {"student": table, "base": recipe.base, "data": data_sha256(recipe)}
+    if not is_made(folder / "student.safetensors", inputs, folder):
         by_importance = table.get("choose_layers", "lowest") == "importance"
         ids = {label: target_token(source, text) for label, text in table.get("target_tokens", {}).items()}
         made = Student.from_base(source, None if by_importance else table["layers"], HEAD, ids)
         made.onnx_config(table["max_tokens"])  # what no container can hold is refused before training
         if by_importance or "intermediate_size" in table:
-            rows = _examples(recipe, "train", table["max_tokens"], source)
-            calibration = _batches(_spread(rows, table["samples"]), source)
+            rows = read_examples(recipe, "train", table["max_tokens"], source)
+            calibration = sample_batches(spread(rows, table["samples"]), source)
         if by_importance:
             importance = block_importance(made, calibration)
             keep_layers(made, importance.topk(table["layers"]).indices.tolist())
@@ -72,15 +71,15 @@ def train(recipe: Recipe) -> Path:
     from convert.teachers.trained import add_adapter, merge_adapter
 
     folder, table = recipe.build / "train", recipe.train
-    inputs: dict[str, Any] = {"train": table, "distill": recipe.distill, "data": _data_sha256(recipe)}
+    inputs: dict[str, Any] = {"train": table, "distill": recipe.distill, "data": data_sha256(recipe)}
     inputs["student_sha256"] = sha256_of(student(recipe) / "student.safetensors")
     if recipe.distill:
         inputs["scores_sha256"] = sha256_of(label(recipe))
-    if not _made(folder / "final" / "student.safetensors", inputs, folder):
+    if not is_made(folder / "final" / "student.safetensors", inputs, folder):
         pupil, source = Student.load(student(recipe)), trimmed_base(recipe)
         rows = _taught_examples(recipe, table["max_tokens"], source)
         if share := recipe.distill.get("start_share"):
-            rows = _blended(pupil, rows, text_side(source)[0].pad_id, share, folder / "start_margins.npy")
+            rows = blend_targets(pupil, rows, text_side(source)[0].pad_id, share, folder / "start_margins.npz")
         if "lora" in table:
             add_adapter(pupil, table["lora"], table.get("freeze_layers", 0), seed=table["seed"])
         loss = label_loss(table["hazard_weight"])
@@ -89,7 +88,7 @@ def train(recipe: Recipe) -> Path:
             loss = teacher_loss(
                 hazard_weight=table["hazard_weight"], **{name: recipe.distill[name] for name in weights}
             )
-        _run(recipe, table, pupil, loss, folder, source, rows)
+        run_training(recipe, table, pupil, loss, folder, source, rows)
         (merge_adapter(pupil) if "lora" in table else pupil).save(folder / "final")
     return folder / "final"
 
@@ -102,7 +101,7 @@ def qat(recipe: Recipe) -> Path:
 
     folder = recipe.build / "qat"
     inputs = {"qat": recipe.qat, "student_sha256": sha256_of(train(recipe) / "student.safetensors")}
-    if not _made(folder / "final" / "student.safetensors", inputs, folder):
+    if not is_made(folder / "final" / "student.safetensors", inputs, folder):
         target, pupil = Student.load(train(recipe)), Student.load(train(recipe))
         enable_qat(pupil.model, shifts=smoothing(recipe))
         table = {
@@ -117,7 +116,7 @@ def qat(recipe: Recipe) -> Path:
             hazard_weight=recipe.train["hazard_weight"],
         )
         source = trimmed_base(recipe)
-        _run(recipe, table, pupil, loss, folder, source, _taught_examples(recipe, table["max_tokens"], source))
+        run_training(recipe, table, pupil, loss, folder, source, _taught_examples(recipe, table["max_tokens"], source))
         pupil.save(folder / "final")
     return folder / "final"
 
@@ -130,9 +129,9 @@ def smoothing(recipe: Recipe) -> dict[str, np.ndarray]:
     kept, source = recipe.build / "qat" / "shifts.npz", trimmed_base(recipe)
     if not kept.is_file():
         target = Student.load(train(recipe))
-        rows = _spread(_examples(recipe, "train", recipe.train["max_tokens"], source), SMOOTHING_ROWS)
-        shifts = smoothing_shifts(input_magnitudes(target, _batches(rows, source)), target.numpy_weights())
-        write_whole(kept, lambda path: _save(path, lambda stream: np.savez(stream, **shifts)))  # type: ignore[arg-type]
+        rows = spread(read_examples(recipe, "train", recipe.train["max_tokens"], source), SMOOTHING_ROWS)
+        shifts = smoothing_shifts(input_magnitudes(target, sample_batches(rows, source)), target.numpy_weights())
+        write_arrays(kept, **shifts)
     with np.load(kept) as stored:
         return {name: stored[name] for name in stored.files}
 
@@ -142,15 +141,15 @@ def _taught_examples(recipe: Recipe, max_tokens: int, source: Path) -> list[Exam
     from convert.teachers.score_file import read_scores
 
     if not recipe.distill:
-        return _examples(recipe, "train", max_tokens, source)
+        return read_examples(recipe, "train", max_tokens, source)
     scores, weight = read_scores(label(recipe)), recipe.distill["unlabelled_weight"]
     mixed = [m for m in read_mix(recipe) if m.split == "train"]
-    mixed += [MixedRow(row, "train", weight) for row in _unlabelled(recipe) if row.id in scores]
+    mixed += [MixedRow(row, "train", weight) for row in rows_without_label(recipe) if row.id in scores]
     check_no_test_rows((m.row for m in mixed), leak_keys(recipe.evaluate["sets"]))
-    return _encoded(mixed, max_tokens, source, scores)
+    return encode_mixed(mixed, max_tokens, source, scores)
 
 
-def _blended(pupil: Student, rows: list[Example], pad_id: int, share: float, kept: Path) -> list[Example]:
+def blend_targets(pupil: Student, rows: list[Example], pad_id: int, share: float, kept: Path) -> list[Example]:
     """The teacher's margins, drawn by ``share`` towards those of the student that training starts from.
 
     Two judges that err in different places teach more together than either alone. The student's margins are kept in the
@@ -163,13 +162,10 @@ def _blended(pupil: Student, rows: list[Example], pad_id: int, share: float, kep
     if not kept.is_file():
         click.echo(f"the student to start from judges {len(judged)} rows", err=True)
         logits = score(pupil.to(best_device()), [rows[i] for i in judged], pad_id, bf16=True)
-        write_whole(kept, lambda path: _save(path, lambda stream: np.save(stream, logits[:, 1] - logits[:, 0])))
+        write_arrays(kept, margins=logits[:, 1] - logits[:, 0])
     blended = list(rows)
-    for i, own in zip(judged, np.load(kept), strict=True):
+    with np.load(kept) as stored:
+        margins = stored["margins"]
+    for i, own in zip(judged, margins, strict=True):
         blended[i] = replace(rows[i], teacher=(1 - share) * float(rows[i].teacher or 0.0) + share * float(own))
     return blended
-
-
-def _save(path: Path, save: Callable[[BinaryIO], None]) -> None:
-    with path.open("wb") as stream:  # given a name, numpy would append its own suffix
-        save(stream)

@@ -51,38 +51,38 @@ def choose_engine(
     with suppress(OSError, ValueError, KeyError, EngineError, BundleError):  # nothing remembered, or it no longer loads
         record = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
         return make(record["chosen"]), record
-    record = _measure(bundle, names, make)
+    engine, record = _measure(bundle, names, make)
     with suppress(OSError, EngineError):  # no cache: measured again the next time
         _keep(cache_folder() / name, record)
     LOG.info("%s: chose the engine %s", bundle.label, record)
-    return make(record["chosen"]), record
+    return engine, record
 
 
-def _measure(bundle: Bundle, names: Sequence[str], make: Callable[[str], Engine]) -> dict[str, Any]:
+def _measure(bundle: Bundle, names: Sequence[str], make: Callable[[str], Engine]) -> tuple[Engine, dict[str, Any]]:
+    from edgeguard.guard import Guard
+
+    tokenizer, manifest = bundle.load_tokenizer(), bundle.manifest
+    ids = manifest.template.encode(tokenizer, [("user", TEXT)], manifest.max_tokens).ids
+    fastest: Engine | None = None
     latency_ms: dict[str, float] = {}
     refused: dict[str, str] = {}
     for name in names:
         try:
             engine = make(name)
-            _check(bundle, engine)
-            latency_ms[name] = _latency_ms(bundle, engine)
+            Guard(bundle, engine, tokenizer).self_test()
+            latency_ms[name] = _latency_ms(engine, ids)
         except (EngineError, BundleError) as error:
             refused[name] = str(error)
-    if not latency_ms:
+            continue
+        if latency_ms[name] == min(latency_ms.values()):
+            fastest = engine
+    if fastest is None:
         raise EngineError(f"{bundle.path}: no engine can run it here: {refused}.")
-    return {"chosen": min(latency_ms, key=lambda name: latency_ms[name]), "latency_ms": latency_ms, "refused": refused}
+    return fastest, {"chosen": fastest.name, "latency_ms": latency_ms, "refused": refused}
 
 
-def _check(bundle: Bundle, engine: Engine) -> None:
-    from edgeguard.guard import Guard
-
-    Guard(bundle, engine, bundle.load_tokenizer()).self_test()
-
-
-def _latency_ms(bundle: Bundle, engine: Engine) -> float:
-    manifest = bundle.manifest
-    encoded = manifest.template.encode(bundle.load_tokenizer(), [("user", TEXT)], manifest.max_tokens)
-    ids = np.array([encoded.ids], dtype=np.int64)
+def _latency_ms(engine: Engine, row: Sequence[int]) -> float:
+    ids = np.array([row], dtype=np.int64)
     times = []
     for _ in range(TRIALS + 1):
         started = time.perf_counter()

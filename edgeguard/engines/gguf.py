@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from edgeguard.engines.cpus import choose_threads
 from edgeguard.engines.gguf_body import BODY_KEY, engine_files
 from edgeguard.engines.gguf_llama import LlamaContext, LlamaModel, has_metal
-from edgeguard.engines.gguf_weights import Int4Weight
+from edgeguard.engines.int4_weights import Int4Weight
 from edgeguard.errors import EngineError
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from edgeguard import schema
 from edgeguard.bundle import sha256_of
 from edgeguard.cache import cached
 from edgeguard.engines.gguf_file import ARCHITECTURE, GgufStudent, add_config, add_weights, finish, read_gguf
-from edgeguard.engines.gguf_weights import Int4Weight
+from edgeguard.engines.int4_weights import Int4Weight
 from edgeguard.errors import EngineError
 
 if TYPE_CHECKING:

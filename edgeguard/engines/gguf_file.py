@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeguard.engines.gguf_weights import Int4Weight, StudentConfig, Weights, check_weights, shortest
+from edgeguard.engines.int4_weights import Int4Weight, StudentConfig, Weights, check_weights, shortest
 from edgeguard.errors import EngineError
 
 __all__ = [

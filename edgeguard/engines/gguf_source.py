@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edgeguard.engines.gguf_weights import GROUP_SIZE, Int4Weight, StudentConfig, check_weights, shortest
+from edgeguard.engines.int4_weights import GROUP_SIZE, Int4Weight, StudentConfig, check_weights, shortest
 from edgeguard.errors import EngineError
 
 __all__ = ["LABELS_KEY", "ROPE_FACTORS_KEY", "OnnxStudent", "TranscodeError", "read_onnx"]

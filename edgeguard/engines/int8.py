@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgeguard import schema
 from edgeguard.cache import cached
+from edgeguard.engines.int4_weights import GROUP_SIZE, Int4Weight
 from edgeguard.errors import BundleError
 from edgeguard.manifest import NAME_CALLED, NAME_PATTERN
 
@@ -41,8 +42,6 @@ INT8_ENGINE = "onnx-int8"
 PLAN_FORMAT = 1
 STEPS = 127  # of the INT8 grid on each side of zero
 ALIGNMENT = 64  # bytes, of every tensor in the file: a cache line
-GROUP_SIZE = 32
-ZERO_NIBBLE = 8
 CHUNK_ROWS = 2048  # unpacked at a time, so that the memory stays small
 MAX_BYTES = 2**40
 
@@ -191,24 +190,21 @@ def _write_matrix(source: NDArray[np.uint8], matrix: Matrix, output: BinaryIO) -
     weight, channel = np.empty((columns, rows), np.int8), np.empty(rows, np.float32)
     for start in range(0, rows, CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
-        values, channel[chunk] = to_int8(packed[chunk], scales[chunk], matrix.columns)
+        values, channel[chunk] = to_int8(Int4Weight.unpack_matmulnbits(packed[chunk], scales[chunk]), matrix.columns)
         weight[:, chunk] = values.T
     _write(output, matrix.to, weight)
     _write(output, matrix.channel_scales, channel if matrix.rows is None else np.ldexp(channel, matrix.rows))
 
 
 def to_int8(
-    packed: NDArray[np.uint8], scales: NDArray[np.float16], columns: NDArray[np.int8] | None = None
+    weight: Int4Weight, columns: NDArray[np.int8] | None = None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """INT4 [N, K] -> (int8 [N, K], float32 channel scales [N]).
 
-    ``packed``: uint8 [N, K / 32, 16], elements 2i (low) and 2i + 1 in one byte; ``scales``: float16 [N, K / 32];
     ``columns``: exponents of two, int8 [K], that columns are multiplied by first. A channel's scale is its largest
     magnitude / 127, so a value is at most half of it away from what it stands for.
     """
-    steps = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1).reshape(*scales.shape, GROUP_SIZE)
-    values = (steps.astype(np.float32) - np.float32(ZERO_NIBBLE)) * scales.astype(np.float32)[..., None]
-    values = values.reshape(len(scales), -1)
+    values = weight.dequantize()
     if columns is not None:
         values *= np.ldexp(np.float32(1), columns)
     channel = np.abs(values).max(axis=1) / np.float32(STEPS)

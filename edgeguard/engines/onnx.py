@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgeguard.engines.cpus import choose_threads
 from edgeguard.errors import EngineError
 
-__all__ = ["OnnxEngine", "Seen", "empty_past"]
+__all__ = ["OnnxEngine", "Seen", "empty_past", "past_shapes"]
 
 INPUTS = {"input_ids": "tensor(int64)", "attention_mask": "tensor(int64)"}
 OUTPUTS = {"logits": "tensor(float)"}
@@ -39,10 +39,14 @@ class Seen:
         return Seen(self.ids[:count], {name: array[:, :, :count] for name, array in self.past.items()})
 
 
-def empty_past(session: onnxruntime.InferenceSession, batch: int) -> dict[str, NDArray[np.float32]]:
-    """A past of no tokens [batch, heads, 0, width] for every such input of ``session``."""
-    shapes = {node.name: node.shape for node in session.get_inputs() if node.name not in INPUTS}
-    return {name: np.zeros((batch, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items()}
+def past_shapes(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
+    """Heads and width of every input of ``session`` that takes a past."""
+    return {node.name: (node.shape[1], node.shape[3]) for node in session.get_inputs() if node.name not in INPUTS}
+
+
+def empty_past(shapes: Mapping[str, tuple[int, int]], batch: int) -> dict[str, NDArray[np.float32]]:
+    """A past of no tokens [batch, heads, 0, width] for every input in ``shapes``."""
+    return {name: np.zeros((batch, heads, 0, width), np.float32) for name, (heads, width) in shapes.items()}
 
 
 class OnnxEngine:
@@ -76,6 +80,7 @@ class OnnxEngine:
         except Exception as error:  # onnxruntime's errors share no base but Exception
             raise EngineError(f"{file}: expected a model that onnxruntime loads, found {_first_line(error)}") from error
         self._check_graph(file)
+        self._past = past_shapes(self._session)
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -89,14 +94,14 @@ class OnnxEngine:
 
     def logits(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """See :meth:`edgeguard.engines.Engine.logits`."""
-        return self._run(["logits"], ids, mask, empty_past(self._session, len(ids)))[0]
+        return self._run(["logits"], ids, mask, empty_past(self._past, len(ids)))[0]
 
     def read_on(self, ids: Sequence[int], seen: Seen | None) -> tuple[NDArray[np.float32], Seen | None]:
         """See :meth:`edgeguard.engines.Engine.read_on`; what ``ids`` share with ``seen`` is not computed again."""
         if not self._present:
             row = np.array([ids], dtype=np.int64)
             return self.logits(row, np.ones_like(row)), None
-        seen = seen or Seen((), empty_past(self._session, 1))
+        seen = seen or Seen((), empty_past(self._past, 1))
         seen = seen.first(min(_shared(seen.ids, ids), len(ids) - 1))  # the last token gives the logits: always read
         new = np.array([ids[len(seen.ids) :]], dtype=np.int64)
         logits, *present = self._run(["logits", *self._present], new, np.ones_like(new), seen.past)
