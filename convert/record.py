@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from convert.corpora.registry import Row, get_set
 from convert.evaluate import (
     POLICY,
@@ -20,6 +22,8 @@ from convert.evaluate import (
     hazard_recall,
     label_calibration,
     mean_lost,
+    measure_set,
+    verdict_parity,
     worst_mistakes,
 )
 from edgeguard.errors import EdgeguardError
@@ -162,9 +166,24 @@ def make_report(
         "int4_loss": mean_lost(stages[REFERENCE]["sets"], stages[SHIPPED]["sets"], POINT),
         "lost": losses(stages),
         "roads": roads_table(stages),
+        "int8": _int8_against_int4(shipped, by_name[INT8], tests) if INT8 in by_name else None,
         "hazards": hazard_recall(tests[hazard_set], shipped.logits[hazard_set], shipped.fitted, POINT),
         "labels": label_calibration(calibration, shipped.held_back, shipped.fitted),
         "worst": worst_mistakes(own, shipped.logits, shipped.fitted, POINT),
+    }
+
+
+def _int8_against_int4(int4: MeasuredStage, int8: MeasuredStage, tests: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """What computing in INT8 changes, over all rows that both measured, with the calibration that ships for both."""
+    names = [name for name in int4.logits if name in int8.logits]
+    rows = [row for name in names for row in tests[name]]
+    logits = [np.concatenate([stage.logits[name] for name in names]) for stage in (int4, int8)]
+    sets = {name: measure_set(tests[name], int8.logits[name], int4.fitted) for name in names}
+    return {
+        **verdict_parity(rows, logits[0], logits[1], int4.fitted, POINT),
+        "sets": sets,
+        "f1_lost": mean_lost(int4.sets, sets, POINT),
+        "auprc_lost": mean_lost(int4.sets, sets, POINT, "auprc"),
     }
 
 

@@ -215,6 +215,11 @@ uncalibrated margin, and the decision at `{POINT}`.
 
 {_parity_table(report)}
 
+## Computing in INT8
+The engine `onnx-int8` against `onnx`, with the one calibration and the thresholds that both ship with.
+
+{_int8(report["int8"])}
+
 ## Calibration per label
 On the {held_back["rows"]} rows of the calibration split: the error (ECE) of the raw logit, and after a temperature and
 a bias of the label's own, each half of the rows measured with the fit of the other. The runtime calibrates the verdict;
@@ -319,6 +324,20 @@ def _parity_table(report: Mapping[str, Any]) -> str:
         for name, entry in report["parity"].items()
     ]
     return _table(["container", "against", "rows", "largest difference", "mean difference", "same decision"], rows)
+
+
+def _int8(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "Not measured."
+    lost = {title: found[key] for key, title in (("f1_lost", "F1"), ("auprc_lost", "AUPRC"))}
+    names = dict.fromkeys(name for entry in lost.values() for name in entry["by_set"])
+    rows = [[set_title(name), *(points(entry["by_set"].get(name)) for entry in lost.values())] for name in names]
+    rows.append(["**mean** (sets)", *(f"**{points(entry['mean'])}** ({entry['sets']})" for entry in lost.values())])
+    return (
+        f"Over {found['rows']} rows the margin differs by {found['mean_abs_diff']:.4f} in the mean and "
+        f"{found['max_abs_diff']:.3f} at most; {found['agreement']:.4f} of the decisions at `{POINT}` are the same. "
+        f"Points lost, by set:\n\n{_table(['set', *lost], rows)}"
+    )
 
 
 def _labels(labels: Mapping[str, Any]) -> str:

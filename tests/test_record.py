@@ -25,6 +25,7 @@ from convert.files import read_json  # noqa: E402
 from convert.plots import draw_plots  # noqa: E402
 from convert.recipe import load_recipe  # noqa: E402
 from convert.record import (  # noqa: E402
+    INT8,
     REFERENCE,
     SHIPPED,
     STAGES,
@@ -260,6 +261,37 @@ def test_the_markdown_has_whole_tables_dashes_and_no_text(report: dict[str, Any]
     assert f"| INT4 GPTQ | fp32 | {lost['before']['mean']:+.2f} | 2 | {lost['teacher']['mean']:+.2f} | 1 |" in text
     assert f"## The {len(report['worst'])} worst mistakes" in text and report["worst"][0]["id"] in text
     assert "Secret" not in text and "Secret" not in json.dumps(report)
+
+
+def test_computing_in_int8_is_judged_with_the_shipped_calibration(
+    report: dict[str, Any], measured: list[MeasuredStage]
+) -> None:
+    shipped = next(stage for stage in measured if stage.name == SHIPPED)
+    int8 = next(stage for stage in measured if stage.name == INT8)
+    found, rows = report["int8"], [row for rows in TESTS.values() for row in rows]
+    margins = [np.concatenate([s.logits[name][:, 1] - s.logits[name][:, 0] for name in TESTS]) for s in (shipped, int8)]
+    assert found["rows"] == len(rows) and found["max_abs_diff"] == pytest.approx(np.abs(margins[0] - margins[1]).max())
+    threshold = {t: shipped.fitted.points[t]["balanced"].threshold for t in ("prompt", "response")}
+    flagged = [
+        [
+            shipped.fitted.calibration[row.target].probability(float(margin)) >= threshold[row.target]
+            for row, margin in zip(rows, column, strict=True)
+        ]
+        for column in margins
+    ]
+    assert found["agreement"] == pytest.approx(np.mean(np.equal(*flagged)))
+    true = sum(f and row.label == "unsafe" for f, row in zip(flagged[1], rows, strict=True) if row.set == "xstest")
+    assert found["sets"]["xstest"]["points"]["balanced"]["recall"] == pytest.approx(true / 40)
+    before = shipped.sets["xstest"]["points"]["balanced"]["f1"]
+    after = found["sets"]["xstest"]["points"]["balanced"]["f1"]
+    assert found["f1_lost"]["by_set"]["xstest"] == pytest.approx(100 * (before - after))
+    assert f"| XSTest | {100 * (before - after):+.2f} |" in record_markdown(report, "tiny", "a command")
+
+
+def test_without_int8_the_record_says_so(measured: list[MeasuredStage]) -> None:
+    report = make_report([s for s in measured if s.name != INT8], TESTS, CALIBRATION, hazard_set="ailuminate_demo_en")
+    assert report["int8"] is None
+    assert "## Computing in INT8" in record_markdown({**report, "parity": {}}, "tiny", "a command")
 
 
 def test_the_card_tells_the_containers_apart(report: dict[str, Any]) -> None:
