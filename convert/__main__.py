@@ -18,7 +18,7 @@ from edgeguard.errors import EdgeguardError
 def main() -> None:
     r"""Make a guard: a small INT4 student from a teacher, base weights and labelled sets.
 
-    Steps, in order: base, corpus, teacher, label, student, train, qat, roads, export, evaluate, package; `run` does
+    Steps, in order: base, corpus, teacher, label, student, train, qat, gptq, export, evaluate, package; `run` does
     them all. Each keeps its result in build/RECIPE and is skipped when that is there; an interrupted step goes on
     where it was.
 
@@ -61,8 +61,8 @@ for _name, _help in {
     "label": "Let the teacher score the rows that the student learns from.",
     "student": "Cut the student out of its base: vocabulary, layers, neurons, head.",
     "train": "Train the float32 student on the teacher's scores and the labels.",
-    "qat": "Quantization-aware steps on the INT4 grid.",
-    "roads": "Round the float32 student with GPTQ, for the comparison of the roads to INT4.",
+    "qat": "Quantization-aware steps on the INT4 grid, where the recipe says so.",
+    "gptq": "Round the float32 student to the INT4 grid with GPTQ, where the recipe says so.",
     "export": "Write the INT4 containers and compare them with the torch model.",
     "evaluate": "Calibrate, choose operating points, measure every test set.",
     "package": "Write the bundle, its card, report and plots.",

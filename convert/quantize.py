@@ -14,14 +14,17 @@ Sources: gguf-py 0.19 ``gguf/quants.py`` (class Q4_0), llama.cpp ``ggml-quants.c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.files import write_arrays
 from edgeguard.engines.int4_weights import GROUP_SIZE, Q4_0_GROUP_BYTES, Int4Weight, check_shape
 
-__all__ = ["GROUP_SIZE", "Q4_0_GROUP_BYTES", "Int4Weight", "as_int4", "quantize_int4"]
+__all__ = ["GROUP_SIZE", "Q4_0_GROUP_BYTES", "Int4Weight", "as_int4", "quantize_int4", "read_int4", "write_int4"]
 
 
 def quantize_int4(weight: NDArray[Any]) -> Int4Weight:
@@ -47,6 +50,19 @@ def quantize_int4(weight: NDArray[Any]) -> Int4Weight:
 def as_int4(weight: Int4Weight | NDArray[Any]) -> Int4Weight:
     """``weight`` itself where it is on the grid already, else rounded by :func:`quantize_int4`."""
     return weight if isinstance(weight, Int4Weight) else quantize_int4(weight)
+
+
+def write_int4(path: Path, weights: Mapping[str, Int4Weight]) -> None:
+    """Keep integers and scales by name (``.npz``), whole or not at all."""
+    nibbles = {f"{name}/nibbles": weight.pack_matmulnbits() for name, weight in weights.items()}
+    write_arrays(path, **nibbles, **{f"{name}/scales": weight.scales for name, weight in weights.items()})
+
+
+def read_int4(path: Path) -> dict[str, Int4Weight]:
+    """Read what :func:`write_int4` wrote."""
+    with np.load(path) as stored:
+        names = [key.removesuffix("/nibbles") for key in stored.files if key.endswith("/nibbles")]
+        return {n: Int4Weight.unpack_matmulnbits(stored[f"{n}/nibbles"], stored[f"{n}/scales"]) for n in names}
 
 
 def _inverse(step: NDArray[np.float32]) -> NDArray[np.float32]:

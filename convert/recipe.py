@@ -48,7 +48,7 @@ class Recipe:
     corpus: dict[str, Any]
     teacher: dict[str, Any]
     distill: dict[str, Any]
-    roads: dict[str, Any]
+    gptq: dict[str, Any]
     shape: dict[str, Any]
     path: Path
     sha256: str
@@ -56,6 +56,11 @@ class Recipe:
     models: Path
     start: Recipe | None = None
     """Another recipe, whose trained student this one's training starts from (``start_from`` of [student])."""
+
+    @property
+    def road(self) -> str:
+        """The road to INT4 that ships: ``qat`` or ``gptq``."""
+        return str(self.export.get("road", "qat"))
 
 
 def load_recipe(path: Path, build: Path | None = None, models: Path | None = None) -> Recipe:

@@ -211,9 +211,14 @@ def _start_is_named(recipe: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _road_is_there(recipe: Mapping[str, Any]) -> str | None:
+    road = recipe["export"].get("road", "qat")
+    return None if road in recipe else f"the road to INT4 of [export], {road}, needs a table [{road}]."
+
+
 def _something_learns(recipe: Mapping[str, Any]) -> str | None:
     teacher = recipe.get("teacher", {})
-    trained = {"train": (recipe["student"], recipe["train"]), "qat": (recipe["student"], recipe["qat"])}
+    trained = {name: (recipe["student"], recipe[name]) for name in ("train", "qat") if name in recipe}
     if teacher.get("kind") == "trained":
         trained["teacher.train"] = (teacher, teacher["train"])
     for name, (model, table) in trained.items():
@@ -233,10 +238,13 @@ RECIPE = Table(
         "base": BASE,
         "student": STUDENT,
         "train": TRAIN,
-        "qat": QAT,
         "export": Table(
             required={"samples": COUNT, "tolerance": WEIGHT},
-            optional={"also": many(choice("onnx", "gguf", "standard")), "max_bytes": COUNT},
+            optional={
+                "road": choice("qat", "gptq"),
+                "also": many(choice("onnx", "gguf", "standard")),
+                "max_bytes": COUNT,
+            },
         ),
         "calibrate": Table(required={"sets": many(TEXT)}),
         "evaluate": Table(
@@ -246,6 +254,12 @@ RECIPE = Table(
         ),
         "corpus": CORPUS,
     },
-    optional={"teacher": TEACHER, "distill": DISTILL, "roads": Table(required={"every": COUNT}), "shape": SHAPE},
-    rules=(_teacher_is_used, _start_is_named, _something_learns),
+    optional={
+        "teacher": TEACHER,
+        "distill": DISTILL,
+        "qat": QAT,
+        "gptq": Table(required={"every": COUNT}),
+        "shape": SHAPE,
+    },
+    rules=(_teacher_is_used, _start_is_named, _road_is_there, _something_learns),
 )

@@ -34,6 +34,7 @@ __all__ = [
     "GPTQ",
     "INT8",
     "POINT",
+    "QAT",
     "REFERENCE",
     "ROADS",
     "ROUNDED",
@@ -41,7 +42,6 @@ __all__ = [
     "STAGES",
     "STANDARD",
     "TEACHER",
-    "TORCH_INT4",
     "RecordError",
     "StageKind",
     "check_comparable",
@@ -61,7 +61,10 @@ POINT = "balanced"
 
 @dataclass(frozen=True)
 class StageKind:
-    """A stage that a record may have: its title, and the stage whose loss it is charged with."""
+    """A stage that a record may have: its title, and the stage whose loss it is charged with.
+
+    None for a container: it is charged with the loss to the road that it was made by.
+    """
 
     title: str
     before: str | None
@@ -71,7 +74,7 @@ TEACHER = "teacher"
 REFERENCE = "student-fp32"
 ROUNDED = "student-int4-rounded"
 GPTQ = "student-int4-gptq"
-TORCH_INT4 = "student-int4-qat"
+QAT = "student-int4-qat"
 SHIPPED = "student-int4-onnx"
 INT8 = "student-int8-onnx"
 GGUF = "student-int4-gguf"
@@ -82,19 +85,15 @@ STAGES = {
     REFERENCE: StageKind("fp32", TEACHER),
     ROUNDED: StageKind("INT4 rounded", REFERENCE),
     GPTQ: StageKind("INT4 GPTQ", REFERENCE),
-    TORCH_INT4: StageKind("INT4 QAT", REFERENCE),
-    SHIPPED: StageKind("INT4 ONNX", TORCH_INT4),
-    INT8: StageKind("ONNX, INT8 compute", TORCH_INT4),
-    GGUF: StageKind("INT4 GGUF", TORCH_INT4),
-    STANDARD: StageKind("standard ONNX", TORCH_INT4),
+    QAT: StageKind("INT4 QAT", REFERENCE),
+    SHIPPED: StageKind("INT4 ONNX", None),
+    INT8: StageKind("ONNX, INT8 compute", None),
+    GGUF: StageKind("INT4 GGUF", None),
+    STANDARD: StageKind("standard ONNX", None),
 }
 CONTAINERS = (SHIPPED, INT8, GGUF, STANDARD)
-# The roads to INT4, and where each is measured: in torch, else in the file that it is shipped as.
-ROADS = {
-    "rounding": (ROUNDED,),
-    "GPTQ": (GPTQ,),
-    "QAT": (TORCH_INT4, SHIPPED),
-}
+# The roads to INT4 by their names in recipes, in torch.
+ROADS = {"rounding": ROUNDED, "gptq": GPTQ, "qat": QAT}
 SET_TITLES = {
     "openai_moderation": "OpenAI Moderation",
     "toxicchat_test": "ToxicChat",
@@ -141,12 +140,13 @@ def make_report(
     calibration: Sequence[Row],
     *,
     hazard_set: str,
+    road: str = QAT,
 ) -> dict[str, Any]:
     """``report.json`` of all stages, in the order of :data:`STAGES`; of them the shipped one and fp32 must be there.
 
     ``tests``, ``calibration``: the rows that were measured; ``hazard_set``: the test set whose rows name one hazard
-    each. A stage measured on no set is left out. What takes more models than the stages' own (the containers' parity)
-    is for the caller to add. Raises RecordError.
+    each; ``road``: the stage that the containers were made from. A stage measured on no set is left out. What takes
+    more models than the stages' own (the containers' parity) is for the caller to add. Raises RecordError.
     """
     for stage in measured:
         _kind(stage.name)
@@ -164,8 +164,8 @@ def make_report(
         "calibration_data": {"rows": len(calibration), "sha256": revision},
         "stages": stages,
         "int4_loss": mean_lost(stages[REFERENCE]["sets"], stages[SHIPPED]["sets"], POINT),
-        "lost": losses(stages),
-        "roads": roads_table(stages),
+        "lost": losses(stages, road=road),
+        "roads": roads_table(stages, road=road),
         "int8": _int8_against_int4(shipped, by_name[INT8], tests) if INT8 in by_name else None,
         "hazards": hazard_recall(tests[hazard_set], shipped.logits[hazard_set], shipped.fitted, POINT),
         "labels": label_calibration(calibration, shipped.held_back, shipped.fitted),
@@ -271,7 +271,7 @@ def common_sets(stages: Mapping[str, Mapping[str, Any]], figure: str = "f1", poi
     return [name for name in defined[0] if all(name in other for other in defined)] if defined else []
 
 
-def losses(stages: Mapping[str, Mapping[str, Any]], point: str = POINT) -> dict[str, Any]:
+def losses(stages: Mapping[str, Mapping[str, Any]], point: str = POINT, *, road: str = QAT) -> dict[str, Any]:
     """By stage: F1 points lost to the stage ``before`` it and to the ``teacher``, by set and in the mean.
 
     A stage that was not measured is passed over: the stage before is then the one before that, and is named. Null
@@ -280,7 +280,7 @@ def losses(stages: Mapping[str, Mapping[str, Any]], point: str = POINT) -> dict[
     check_comparable(stages)
     lost: dict[str, Any] = {}
     for name in stages:
-        found = {"before": _measured_before(name, stages), "teacher": TEACHER if TEACHER in stages else None}
+        found = {"before": _measured_before(name, stages, road), "teacher": TEACHER if TEACHER in stages else None}
         lost[name] = {
             what: None
             if other in (None, name)
@@ -290,33 +290,34 @@ def losses(stages: Mapping[str, Mapping[str, Any]], point: str = POINT) -> dict[
     return lost
 
 
-def _measured_before(name: str, stages: Mapping[str, Any]) -> str | None:
-    before = _kind(name).before
+def _measured_before(name: str, stages: Mapping[str, Any], road: str) -> str | None:
+    before = road if name in CONTAINERS else _kind(name).before
     while before is not None and before not in stages:
         before = _kind(before).before
     return before
 
 
-def roads_table(stages: Mapping[str, Mapping[str, Any]], point: str = POINT) -> dict[str, Any]:
+def roads_table(stages: Mapping[str, Mapping[str, Any]], point: str = POINT, *, road: str = QAT) -> dict[str, Any]:
     """What each road to INT4 costs against fp32, in points of F1 and AUPRC, all over the same sets.
 
+    ``road``: the stage of the one that ships; where it was not measured in torch, the shipped file stands for it.
     ``sets``: those that fp32 and every measured road define; ``roads``: name -> stage, ``f1_lost``, ``auprc_lost``.
     Raises RecordError without the fp32 stage.
     """
     if REFERENCE not in stages:
         raise RecordError(f"no stage {REFERENCE}: there is nothing that the roads to INT4 could lose against.")
-    measured = {road: next((name for name in names if name in stages), None) for road, names in ROADS.items()}
-    chosen = {name: stages[name] for name in (REFERENCE, *(n for n in measured.values() if n is not None))}
+    found = {name: SHIPPED if stage == road and stage not in stages else stage for name, stage in ROADS.items()}
+    measured = {name: stage for name, stage in found.items() if stage in stages}
+    chosen = {name: stages[name] for name in (REFERENCE, *measured.values())}
     check_comparable(chosen)
     names, before = common_sets(chosen, "f1", point), stages[REFERENCE]["sets"]
     roads = {
-        road: {
-            "stage": name,
-            "f1_lost": mean_lost(before, stages[name]["sets"], point, "f1", names),
-            "auprc_lost": mean_lost(before, stages[name]["sets"], point, "auprc", names),
+        name: {
+            "stage": stage,
+            "f1_lost": mean_lost(before, stages[stage]["sets"], point, "f1", names),
+            "auprc_lost": mean_lost(before, stages[stage]["sets"], point, "auprc", names),
         }
-        for road, name in measured.items()
-        if name is not None
+        for name, stage in measured.items()
     }
     return {"sets": names, "roads": roads}
 

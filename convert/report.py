@@ -20,6 +20,7 @@ from edgeguard.taxonomy import HAZARDS
 
 __all__ = ["REFERENCE", "SHIPPED", "comparison_table", "figure", "model_card", "record_markdown"]
 
+ROAD_NAMES = {"qat": "quantization-aware training", "gptq": "rounded with GPTQ, which compensates errors"}
 PIVOTS = {"f1": "F1", "fpr": "False-positive rate", "auprc": "AUPRC"}
 
 
@@ -121,7 +122,7 @@ returns the probability that it is unsafe and one per MLCommons hazard (S1..S14)
 
 - **Base:** {recipe.base["model"]}, {_kept_layers(recipe)}.
 - **Head:** {len(manifest["head"])} rows, read at the last token.
-- **Weights:** INT4, symmetric [-8, 7], groups of 32, embedding included; quantization-aware training.
+- **Weights:** INT4, symmetric [-8, 7], groups of 32, embedding included; {ROAD_NAMES[recipe.road]}.
 - **Licence:** {recipe.license}.
 - **Language:** {", ".join(recipe.languages)}. Other languages are measured below and are not supported.
 - **Context:** {recipe.student["max_tokens"]} tokens; longer input keeps head and tail and is never "allow".
@@ -304,7 +305,7 @@ def _lost_by_set(lost: Mapping[str, Any], stages: Mapping[str, Any]) -> str:
 
 def _roads(table: Mapping[str, Any]) -> str:
     roads = table["roads"]
-    head = ["set", *(f"{road} ({stage_title(e['stage'])}): {w}" for road, e in roads.items() for w in ("F1", "AUPRC"))]
+    head = ["set", *(f"{stage_title(entry['stage'])}: {w}" for entry in roads.values() for w in ("F1", "AUPRC"))]
     losses = [entry[key] for entry in roads.values() for key in ("f1_lost", "auprc_lost")]
     rows = [[set_title(name), *(points(loss["by_set"].get(name)) for loss in losses)] for name in table["sets"]]
     rows.append([f"**mean of {len(table['sets'])} sets**", *(f"**{points(loss['mean'])}**" for loss in losses)])

@@ -160,9 +160,9 @@ def shrink(recipe: Recipe) -> Recipe:
         "base": base,
         "student": {**recipe.student, "layers": 2, "max_tokens": 64, "samples": 64},
         "train": {**recipe.train, **TRAINING},
-        "qat": {**recipe.qat, **SHORT, "steps": 20, "learning_rate": 1e-3},
+        "qat": {**recipe.qat, **SHORT, "steps": 20, "learning_rate": 1e-3} if recipe.qat else {},
         "export": {**recipe.export, "samples": 20},
-        "roads": {**recipe.roads, "every": 8} if recipe.roads else {},
+        "gptq": {**recipe.gptq, "every": 8} if recipe.gptq else {},
         "calibrate": {"sets": ["tiny_calibration"]},
         "evaluate": {
             "sets": ["tiny_test", "tiny_unsafe"],

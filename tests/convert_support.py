@@ -82,7 +82,7 @@ evaluate_every = 20
 checkpoint_every = 10
 seed = 2
 
-[roads]
+[gptq]
 every = 8
 
 [export]

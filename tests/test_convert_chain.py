@@ -110,7 +110,7 @@ def test_what_a_step_was_made_from_is_the_recipes_own_table(recipe: Recipe) -> N
     }
     assert {"student": recipe.student, "base": recipe.base}.items() <= kept("student").items()
     assert {"train": recipe.train, "distill": recipe.distill}.items() <= kept("train").items()
-    assert (kept("qat")["qat"], kept("gptq")["roads"]) == (recipe.qat, recipe.roads)
+    assert (kept("qat")["qat"], kept("gptq")["gptq"]) == (recipe.qat, recipe.gptq)
     assert kept("export")["export"] == recipe.export
     done = json.loads((recipe.build / "scores.done.json").read_text())
     assert done["teacher"] == recipe.teacher
@@ -202,6 +202,34 @@ def test_the_target_lies_between_the_teacher_and_the_start(recipe: Recipe, tmp_p
     assert [row.teacher for row in blended[1::2]] == pytest.approx(wanted, abs=0.05)  # bf16, other batches
     np.savez(kept, margins=np.zeros(3))  # a resumed run keeps the targets that it began with
     assert [row.teacher for row in blend_targets(pupil, taught, pad_id, 0.25, kept)[1::2]] == [1.5] * 3
+
+
+def test_the_integers_of_gptq_ship_as_they_are(recipe: Recipe, world: dict[str, Path], tmp_path: Path) -> None:
+    """Rounding GPTQ's values again would undo it: file, plan and torch must hold the integers that it chose."""
+    from convert.export.transcode import read_onnx
+    from convert.quantize import quantize_int4, read_int4
+    from convert.student import Student
+
+    text = world["recipe"].read_text()
+    start = text.index("[qat]")
+    without_qat = text[:start] + text[text.index("\n[", start) + 1 :]
+    (tmp_path / "gptq.toml").write_text(without_qat.replace("[export]\n", '[export]\nroad = "gptq"\n'))
+    for step in ("corpus", "train", "gptq", "smoothing", "student", "teacher"):
+        shutil.copytree(recipe.build / step, tmp_path / "build" / step)
+    for name in ("scores.jsonl", "scores.done.json"):
+        shutil.copy(recipe.build / name, tmp_path / "build" / name)
+    chosen = load_recipe(tmp_path / "gptq.toml", tmp_path / "build", tmp_path / "models")
+    exported = read_onnx(steps.export(chosen)).weights
+    integers = read_int4(steps.gptq(chosen) / "int4.npz")
+    values = Student.load(steps.gptq(chosen)).numpy_weights()
+    moved = 0
+    for name, weight in integers.items():
+        np.testing.assert_array_equal(exported[name].nibbles, weight.nibbles)
+        np.testing.assert_array_equal(exported[name].scales, weight.scales)
+        np.testing.assert_array_equal(weight.dequantize(), values[name])
+        moved += int((quantize_int4(values[name]).nibbles != weight.nibbles).sum())
+    assert moved > 0
+    assert not (tmp_path / "build" / "qat").exists()
 
 
 def test_an_export_that_differs_is_refused(recipe: Recipe, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_every_kind_of_teacher_loads(tmp_path: Path, text: str, table: str) -> N
             "[export] also: expected a list, none twice, each one of onnx, gguf",
         ),
         ("tolerance = 0.5", "tolerance = -1", "[export] tolerance: expected a number from 0, found -1."),
-        ("every = 8", "every = 0", "[roads] every: expected a whole number from 1, found 0."),
+        ("every = 8", "every = 0", "[gptq] every: expected a whole number from 1, found 0."),
         (
             'compare = ["tiny_test"]',
             'compare = ["tiny"]',
@@ -130,15 +130,15 @@ def test_every_kind_of_teacher_loads(tmp_path: Path, text: str, table: str) -> N
             "freeze_layers = 3",
             "[teacher.train] freeze_layers: expected at most 2, found 3 of 3 layers.",
         ),
-        ("[roads]\nevery = 8", "[roads]\nlike = 'right.toml'\nevery = 8", "tiny.toml: [roads] every: no such key"),
+        ("[gptq]\nevery = 8", "[gptq]\nlike = 'right.toml'\nevery = 8", "tiny.toml: [gptq] every: no such key"),
         (
-            "[roads]\nevery = 8",
-            "[roads]\nlike = 3",
-            "tiny.toml: [roads] like: expected the name of a recipe beside this",
+            "[gptq]\nevery = 8",
+            "[gptq]\nlike = 3",
+            "tiny.toml: [gptq] like: expected the name of a recipe beside this",
         ),
-        ("[roads]\nevery = 8", "[roads]\nlike = 'none.toml'", "no recipe at "),
+        ("[gptq]\nevery = 8", "[gptq]\nlike = 'none.toml'", "no recipe at "),
         (
-            "[roads]\nevery = 8",
+            "[gptq]\nevery = 8",
             "[shape]\nlike = 'right.toml'",
             "[shape] like: expected a recipe with [shape], found right",
         ),
@@ -190,13 +190,13 @@ def test_every_fault_is_told_with_its_file(tmp_path: Path, text: str) -> None:
         "tiny.toml: [export] samples: expected a whole number from 1, found 2.5.",
     ]
     (tmp_path / "other.toml").write_text(changed(text, "every = 8", "evry = 8"))
-    with pytest.raises(RecipeError, match=r"other\.toml: \[roads\] every is missing"):
+    with pytest.raises(RecipeError, match=r"other\.toml: \[gptq\] every is missing"):
         load(tmp_path, changed(text, "every = 8", 'like = "other.toml"'))
 
 
 def test_a_table_like_another_is_that_one(tmp_path: Path, text: str) -> None:
     alike = changed(text, "every = 8", 'like = "right.toml"')
-    assert load(tmp_path, alike).roads == {"every": 8}
+    assert load(tmp_path, alike).gptq == {"every": 8}
 
 
 def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from convert.plots import draw_plots  # noqa: E402
 from convert.recipe import load_recipe  # noqa: E402
 from convert.record import (  # noqa: E402
     INT8,
+    QAT,
     REFERENCE,
     SHIPPED,
     STAGES,
     TEACHER,
-    TORCH_INT4,
     RecordError,
     check_comparable,
     common_sets,
@@ -51,7 +51,7 @@ from edgeguard.taxonomy import HAZARDS  # noqa: E402
 
 BUNDLE = Path(__file__).resolve().parent.parent / "models" / "edgeguard-mini"
 K = 2 + len(HAZARDS)
-ROADS = ("student-int4-rounded", "student-int4-gptq", TORCH_INT4)
+ROADS = ("student-int4-rounded", "student-int4-gptq", QAT)
 
 
 def _rows(name: str, count: int, target: str = "prompt", only: str | None = None) -> list[Row]:
@@ -112,7 +112,7 @@ def made(measured: list[MeasuredStage]) -> dict[str, Any]:
     report = make_report(measured, TESTS, CALIBRATION, hazard_set="ailuminate_demo_en")
     rows = TESTS["xstest"]
     found = verdict_parity(rows, _logits(rows, 1, 7), _logits(rows, 1, 8), measured[0].fitted, "balanced")
-    return {**report, "parity": {SHIPPED: {"reference": TORCH_INT4, **found}}}
+    return {**report, "parity": {SHIPPED: {"reference": QAT, **found}}}
 
 
 @pytest.fixture
@@ -141,12 +141,10 @@ def test_stages_stand_in_their_order_and_say_what_they_rest_on(report: dict[str,
 
 
 def test_a_stage_measured_on_no_set_is_no_stage(measured: list[MeasuredStage]) -> None:
-    found = make_report(
-        [*measured[:2], _measured(TORCH_INT4, sets=())], TESTS, CALIBRATION, hazard_set="ailuminate_demo_en"
-    )
+    found = make_report([*measured[:2], _measured(QAT, sets=())], TESTS, CALIBRATION, hazard_set="ailuminate_demo_en")
     assert list(found["stages"]) == [REFERENCE, SHIPPED]
     assert found["lost"][SHIPPED]["before"]["stage"] == REFERENCE
-    assert found["roads"]["roads"]["QAT"]["stage"] == SHIPPED and len(found["roads"]["sets"]) == 2
+    assert found["roads"]["roads"]["qat"]["stage"] == SHIPPED and len(found["roads"]["sets"]) == 2
 
 
 def test_a_record_needs_the_shipped_stage_and_known_names(measured: list[MeasuredStage]) -> None:
@@ -221,8 +219,8 @@ def test_losses_are_over_common_sets_and_name_the_stage_they_are_against() -> No
     assert before["stage"] == REFERENCE  # the torch model of the same weights was not measured
     assert before["mean"] == pytest.approx(1.0) and before["sets"] == 2
     assert teacher["mean"] == pytest.approx(13.0) and teacher["sets"] == 1
-    with_torch = losses({**stages, TORCH_INT4: _stage({"b": 0.6})})
-    assert with_torch[SHIPPED]["before"]["stage"] == TORCH_INT4 and with_torch[SHIPPED]["before"]["sets"] == 1
+    with_torch = losses({**stages, QAT: _stage({"b": 0.6})})
+    assert with_torch[SHIPPED]["before"]["stage"] == QAT and with_torch[SHIPPED]["before"]["sets"] == 1
     assert losses({REFERENCE: stages[REFERENCE]})[REFERENCE]["before"] is None
 
 
@@ -238,11 +236,11 @@ def test_roads_are_compared_over_the_same_sets() -> None:
     means = {road: (e["f1_lost"]["mean"], e["auprc_lost"]["mean"]) for road, e in table["roads"].items()}
     assert means == {
         "rounding": pytest.approx((10, 10)),
-        "GPTQ": pytest.approx((4, 5)),
-        "QAT": pytest.approx((1, 1)),
+        "gptq": pytest.approx((4, 5)),
+        "qat": pytest.approx((1, 1)),
     }
-    assert table["roads"]["QAT"]["stage"] == SHIPPED
-    assert roads_table({**stages, TORCH_INT4: stages[SHIPPED]})["roads"]["QAT"]["stage"] == TORCH_INT4
+    assert table["roads"]["qat"]["stage"] == SHIPPED
+    assert roads_table({**stages, QAT: stages[SHIPPED]})["roads"]["qat"]["stage"] == QAT
     with pytest.raises(RecordError, match="no stage student-fp32"):
         roads_table({SHIPPED: stages[SHIPPED]})
 
@@ -386,9 +384,9 @@ def test_the_int4_stage_is_the_student_on_the_grid(tmp_path: Path) -> None:
     examples = [Example([i, 7, 9], "prompt", False, (0,) * len(HAZARDS), False, 1.0) for i in range(4)]
     fp32 = torch_stage(REFERENCE, tmp_path / "fp32", 0).logits(examples)
     rounded = int4_stage("student-int4-rounded", tmp_path / "fp32", 0).logits(examples)
-    baked = torch_stage(TORCH_INT4, tmp_path / "baked", 0).logits(examples)
+    baked = torch_stage(QAT, tmp_path / "baked", 0).logits(examples)
     np.testing.assert_array_equal(rounded, baked)
-    np.testing.assert_array_equal(int4_stage(TORCH_INT4, tmp_path / "baked", 0).logits(examples), baked)
+    np.testing.assert_array_equal(int4_stage(QAT, tmp_path / "baked", 0).logits(examples), baked)
     assert np.abs(rounded - fp32).max() > 1e-3
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,11 +15,13 @@ from convert.distill import score
 from convert.export.int8_graph import export_int8
 from convert.export.onnx import compare_logits, export_onnx
 from convert.fake_quant import bake_int4
+from convert.gptq import load_int4
 from convert.student import Student
 from edgeguard.errors import EdgeguardError, ParityError
 
 if TYPE_CHECKING:
     from convert.batches import Example
+    from edgeguard.engines.int4_weights import Int4Weight, Weights
 
 __all__ = ["FILES", "ContainerError", "export_containers"]
 
@@ -42,8 +45,11 @@ def export_containers(
     also: Sequence[str],
     tolerance: float,
     shifts: Mapping[str, np.ndarray],
+    integers: Mapping[str, Int4Weight] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
     """Write ``model.onnx`` and the containers of ``also`` (``gguf``, ``standard``) into ``folder``; rounds ``student``.
+
+    ``integers``: of weights that are on the grid already, by name; the others are rounded to nearest.
 
     ``samples``: rows whose logits every container must give within ``tolerance`` of torch with the same INT4 weights;
     ``about``: name, version and licence; ``shifts``: how the INT8 graph is smoothed (see :mod:`convert.smoothing`).
@@ -51,8 +57,10 @@ def export_containers(
     llama-cpp-python is installed, else its figures are null. Raises ParityError, ContainerError.
     """
     batch = collate(samples, pad_id)
-    weights, config, labels = student.numpy_weights(), student.onnx_config(max_tokens), student.labels
+    weights: Weights = {**student.numpy_weights(), **integers}
+    config, labels = student.onnx_config(max_tokens), student.labels
     bake_int4(student.model)
+    load_int4(student, integers)
     reference = score(student, samples, pad_id, bf16=False)
     checked = (reference, batch.ids.numpy(), batch.mask.numpy())
     click.echo("onnx ...", err=True)

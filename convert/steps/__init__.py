@@ -5,7 +5,7 @@
 | ``data.py`` | base, corpus |
 | ``teaching.py`` | teacher, label |
 | ``training.py`` | student, train, qat |
-| ``containers.py`` | roads, export |
+| ``containers.py`` | gptq, export |
 | ``measuring.py`` | evaluate |
 | ``bundling.py`` | package |
 
@@ -21,7 +21,7 @@ import click
 
 from convert.recipe import Recipe
 from convert.steps.bundling import package
-from convert.steps.containers import export, roads
+from convert.steps.containers import export, gptq
 from convert.steps.data import base, calibration_rows, corpus, evaluation_rows, read_mix, text_side, trimmed_base
 from convert.steps.measuring import evaluate, measure, stages
 from convert.steps.teaching import judge_tests, label, rows_to_judge, teacher
@@ -35,13 +35,13 @@ __all__ = [
     "evaluate",
     "evaluation_rows",
     "export",
+    "gptq",
     "judge_tests",
     "label",
     "measure",
     "package",
     "qat",
     "read_mix",
-    "roads",
     "rows_to_judge",
     "run",
     "stages",
@@ -52,7 +52,7 @@ __all__ = [
     "trimmed_base",
 ]
 
-ORDER = ("base", "corpus", "teacher", "label", "student", "train", "qat", "roads", "export", "evaluate", "package")
+ORDER = ("base", "corpus", "teacher", "label", "student", "train", "qat", "gptq", "export", "evaluate", "package")
 
 
 def run(recipe: Recipe) -> Path:

@@ -1,31 +1,36 @@
-"""The student's INT4 files, and GPTQ's weights to compare with them."""
+"""The student's integers, and the files that hold them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from convert.files import write_json
+from convert.quantize import read_int4, write_int4
 from convert.recipe import Recipe
 from convert.steps.data import read_examples, sample_batches, spread, text_side, trimmed_base
 from convert.steps.kept import is_made
 from convert.steps.training import qat, smoothing, train
 from edgeguard.bundle import sha256_of
 
-__all__ = ["export", "roads"]
+__all__ = ["export", "gptq"]
+
+INTEGERS = "int4.npz"
 
 
-def roads(recipe: Recipe) -> Path:
-    """Step ``roads``: the float32 student rounded with GPTQ, for the comparison of the roads to INT4."""
-    from convert.gptq import gptq, load_int4
+def gptq(recipe: Recipe) -> Path:
+    """Step ``gptq``: the float32 student rounded with GPTQ; its values, and in ``int4.npz`` its integers."""
+    from convert.gptq import gptq as round_with_gptq
+    from convert.gptq import load_int4
     from convert.student import Student
 
-    folder = recipe.build / "gptq"
-    source = trimmed_base(recipe)
-    inputs = {"roads": recipe.roads, "student_sha256": sha256_of(train(recipe) / "student.safetensors")}
-    if recipe.roads and not is_made(folder / "student.safetensors", inputs, folder):
-        rows = read_examples(recipe, "train", recipe.train["max_tokens"], source)[:: recipe.roads["every"]]
-        rounded = Student.load(train(recipe))
-        load_int4(rounded, gptq(rounded, sample_batches(rows, source))).save(folder)
+    folder, source = recipe.build / "gptq", trimmed_base(recipe)
+    inputs = {"gptq": recipe.gptq, "student_sha256": sha256_of(train(recipe) / "student.safetensors")}
+    if recipe.gptq and not is_made(folder / "student.safetensors", inputs, folder):
+        rows = read_examples(recipe, "train", recipe.train["max_tokens"], source)[:: recipe.gptq["every"]]
+        student = Student.load(train(recipe))
+        integers = round_with_gptq(student, sample_batches(rows, source))
+        write_int4(folder / INTEGERS, integers)
+        load_int4(student, integers).save(folder)
     return folder
 
 
@@ -35,13 +40,13 @@ def export(recipe: Recipe) -> Path:
     from convert.student import Student
 
     path = recipe.build / "export" / "model.onnx"
-    source, folder = qat(recipe) / "student.safetensors", trimmed_base(recipe)
-    record = path.with_name("parity.json")
-    if not is_made(record, {"student_sha256": sha256_of(source), "export": recipe.export}, path.parent):
+    source, folder = {"qat": qat, "gptq": gptq}[recipe.road](recipe), trimmed_base(recipe)
+    record, inputs = path.with_name("parity.json"), {"student_sha256": sha256_of(source / "student.safetensors")}
+    if not is_made(record, {**inputs, "export": recipe.export}, path.parent):
         template, tokenizer = text_side(folder)
         max_tokens = recipe.student["max_tokens"]
         figures = export_containers(
-            Student.load(source.parent),
+            Student.load(source),
             spread(read_examples(recipe, "validation", max_tokens, folder), recipe.export["samples"]),
             path.parent,
             pad_id=template.pad_id,
@@ -52,6 +57,7 @@ def export(recipe: Recipe) -> Path:
             also=recipe.export.get("also", []),
             tolerance=recipe.export["tolerance"],
             shifts=smoothing(recipe),
+            integers=read_int4(source / INTEGERS) if recipe.road == "gptq" else {},
         )
         write_json(record, {"tolerance": recipe.export["tolerance"], **figures})
     return path

@@ -13,7 +13,7 @@ from convert.corpora.mix import check_no_test_rows, leak_keys
 from convert.corpora.registry import Row
 from convert.files import read_json, write_json, write_whole
 from convert.recipe import Recipe
-from convert.steps.containers import export, roads
+from convert.steps.containers import export, gptq
 from convert.steps.data import calibration_rows, evaluation_rows, read_mix, text_side, trimmed_base
 from convert.steps.teaching import judge_tests
 from convert.steps.training import qat, train
@@ -47,8 +47,8 @@ def evaluate(recipe: Recipe) -> Path:
 def measure(recipe: Recipe, tests: dict[str, list[Row]], held_back: list[Row]) -> tuple[dict[str, Any], MeasuredStage]:
     """The report over all stages, and the shipped one. Scores are kept and read back."""
     from convert.evaluate import measure_stage, parity_rows, verdict_parity
-    from convert.record import CONTAINERS, POINT, SHIPPED, TORCH_INT4, make_report
-    from convert.scores import int4_stage, score_rows
+    from convert.record import CONTAINERS, POINT, ROADS, SHIPPED, make_report
+    from convert.scores import score_rows
 
     template, tokenizer = text_side(trimmed_base(recipe))
     max_tokens, cache = recipe.student["max_tokens"], recipe.build / "scores"
@@ -58,12 +58,15 @@ def measure(recipe: Recipe, tests: dict[str, list[Row]], held_back: list[Row]) -
 
     kinds = stages(recipe)
     measured = {stage.name: measure_stage(stage, tests, held_back, score) for stage in kinds}
-    report = make_report(list(measured.values()), tests, held_back, hazard_set=recipe.evaluate["hazards"])
+    report = make_report(
+        list(measured.values()), tests, held_back, hazard_set=recipe.evaluate["hazards"], road=ROADS[recipe.road]
+    )
     sample, fitted = parity_rows(tests), measured[SHIPPED].fitted
-    reference = score(int4_stage(TORCH_INT4, qat(recipe), template.pad_id), "parity", sample)
+    in_torch = _roads(recipe)[recipe.road]
+    reference = score(in_torch, "parity", sample)
     report["parity"] = {
         stage.name: {
-            "reference": TORCH_INT4,
+            "reference": in_torch.name,
             **verdict_parity(sample, reference, score(stage, "parity", sample), fitted, POINT),
         }
         for stage in kinds
@@ -77,8 +80,8 @@ def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
     """What is measured: the shipped files, what they came from, and what is compared with them on fewer sets."""
     from convert.export.containers import FILES
     from convert.export.int8_graph import INT8_GRAPH
-    from convert.record import GGUF, GPTQ, INT8, REFERENCE, ROUNDED, SHIPPED, STANDARD, TEACHER, TORCH_INT4
-    from convert.scores import gguf_stage, int4_stage, int8_stage, onnx_stage, teacher_stage, torch_stage
+    from convert.record import GGUF, INT8, REFERENCE, SHIPPED, STANDARD, TEACHER
+    from convert.scores import gguf_stage, int8_stage, onnx_stage, teacher_stage, torch_stage
 
     pad_id = text_side(trimmed_base(recipe))[0].pad_id
     some, shipped = tuple(recipe.evaluate.get("compare", ())), export(recipe)
@@ -88,11 +91,7 @@ def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
         int8_stage(INT8, shipped.with_name(INT8_GRAPH), pad_id),
     ]
     if some:
-        measured.append(int4_stage(TORCH_INT4, qat(recipe), pad_id, some))
-    if some and recipe.roads:
-        # GPTQ's values are on the grid already, and not where rounding would put them: they are run as they are.
-        measured.append(int4_stage(ROUNDED, train(recipe), pad_id, some))
-        measured.append(torch_stage(GPTQ, roads(recipe), pad_id, some))
+        measured += _roads(recipe, some).values()
     also = recipe.export.get("also", []) if some else []
     if "gguf" in also and importlib.util.find_spec("llama_cpp"):
         measured.append(gguf_stage(GGUF, shipped.with_name(FILES["gguf"]), some))
@@ -101,3 +100,19 @@ def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
     if recipe.evaluate.get("teacher_sets"):
         measured.append(teacher_stage(TEACHER, judge_tests(recipe)))
     return measured
+
+
+def _roads(recipe: Recipe, sets: tuple[str, ...] | None = None) -> dict[str, Stage]:
+    """The student by every road to INT4 that the recipe has, in torch."""
+    from convert.record import ROADS
+    from convert.scores import int4_stage, torch_stage
+
+    pad_id = text_side(trimmed_base(recipe))[0].pad_id
+    found = {"rounding": int4_stage(ROADS["rounding"], train(recipe), pad_id, sets)}
+    if (
+        recipe.gptq
+    ):  # its values are on the grid already, and not where rounding would put them: they are run as they are
+        found["gptq"] = torch_stage(ROADS["gptq"], gptq(recipe), pad_id, sets)
+    if recipe.qat:
+        found["qat"] = int4_stage(ROADS["qat"], qat(recipe), pad_id, sets)
+    return found

@@ -101,7 +101,7 @@ def qat(recipe: Recipe) -> Path:
 
     folder = recipe.build / "qat"
     inputs = {"qat": recipe.qat, "student_sha256": sha256_of(train(recipe) / "student.safetensors")}
-    if not is_made(folder / "final" / "student.safetensors", inputs, folder):
+    if recipe.qat and not is_made(folder / "final" / "student.safetensors", inputs, folder):
         target, pupil = Student.load(train(recipe)), Student.load(train(recipe))
         enable_qat(pupil.model, shifts=smoothing(recipe))
         table = {
@@ -122,12 +122,13 @@ def qat(recipe: Recipe) -> Path:
 
 
 def smoothing(recipe: Recipe) -> dict[str, np.ndarray]:
-    """How the rows that INT8 rounds are smoothed: measured on the float32 student once, kept beside the QAT student."""
+    """How the rows that INT8 rounds are smoothed: measured on the float32 student once, kept in a folder of its own."""
     from convert.smoothing import input_magnitudes, smoothing_shifts
     from convert.student import Student
 
-    kept, source = recipe.build / "qat" / "shifts.npz", trimmed_base(recipe)
-    if not kept.is_file():
+    folder, source = recipe.build / "smoothing", trimmed_base(recipe)
+    kept, inputs = folder / "shifts.npz", {"student_sha256": sha256_of(train(recipe) / "student.safetensors")}
+    if not is_made(kept, inputs, folder):
         target = Student.load(train(recipe))
         rows = spread(read_examples(recipe, "train", recipe.train["max_tokens"], source), SMOOTHING_ROWS)
         shifts = smoothing_shifts(input_magnitudes(target, sample_batches(rows, source)), target.numpy_weights())
