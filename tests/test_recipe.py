@@ -64,7 +64,7 @@ def test_every_kind_of_teacher_loads(tmp_path: Path, text: str, table: str) -> N
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[qat]", "[quat]", "tiny.toml: [qat] is missing; expected a table with tokens_per_step, "),
+        ("[export]", "[exports]", "tiny.toml: [export] is missing; expected a table with samples, "),
         ("[qat]", "[quat]", "tiny.toml: [quat]: no such key, found with the value {'tokens_per_step': 512, "),
         ("[qat]", "[quat]", "; the nearest is qat."),
         ('license = "Apache-2.0"', "license = 2", "tiny.toml: license: expected a text that is not empty, found 2."),
@@ -137,6 +137,8 @@ def test_every_kind_of_teacher_loads(tmp_path: Path, text: str, table: str) -> N
             "tiny.toml: [gptq] like: expected the name of a recipe beside this",
         ),
         ("[gptq]\nevery = 8", "[gptq]\nlike = 'none.toml'", "no recipe at "),
+        ("[export]", "[export]\nroad = 'rounding'", "[export] road: expected one of qat, gptq, found 'rounding'."),
+        ("[gptq]\nevery = 8\n\n[export]", "[export]\nroad = 'gptq'", "road to INT4 of [export], gptq, needs a table"),
         (
             "[gptq]\nevery = 8",
             "[shape]\nlike = 'right.toml'",
