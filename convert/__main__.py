@@ -106,6 +106,24 @@ def sizes(recipe: Path, output: Path | None) -> None:
 
 
 @main.command()
+@click.argument("new", type=click.Path(path_type=Path))
+@click.argument("old", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write the JSON here.")
+def compare(new: Path, old: Path, output: Path | None) -> None:
+    """Whether the guard of recipe NEW beats that of recipe OLD: AUPRC, and false alarms at the same recall."""
+    from convert.compare import compare_recipes, comparison_markdown
+    from convert.files import write_json
+
+    try:
+        found = compare_recipes(load_recipe(new), load_recipe(old))
+    except EdgeguardError as error:
+        raise click.ClickException(str(error)) from error
+    if output:
+        write_json(output, found)
+    click.echo(comparison_markdown(found))
+
+
+@main.command()
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("gguf", type=click.Path(dir_okay=False, path_type=Path))
 def transcode(bundle: Path, gguf: Path) -> None:
