@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def measure(recipe: Recipe, tests: dict[str, list[Row]], held_back: list[Row]) -
     def score(stage: Stage | TeacherStage, name: str, rows: Sequence[Row]) -> np.ndarray:
         return score_rows(stage, name, rows, template, tokenizer, max_tokens, cache)
 
-    kinds = stages(recipe)
+    kinds = stages(recipe, tests)
     measured = {stage.name: measure_stage(stage, tests, held_back, score) for stage in kinds}
     report = make_report(
         list(measured.values()), tests, held_back, hazard_set=recipe.evaluate["hazards"], road=ROADS[recipe.road]
@@ -76,8 +76,11 @@ def measure(recipe: Recipe, tests: dict[str, list[Row]], held_back: list[Row]) -
     return report, measured[SHIPPED]
 
 
-def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
-    """What is measured: the shipped files, what they came from, and what is compared with them on fewer sets."""
+def stages(recipe: Recipe, tests: Mapping[str, Sequence[Row]]) -> list[Stage | TeacherStage]:
+    """What is measured: the shipped file, what it came from where F1 is defined, and what ``compare`` asks for.
+
+    That is INT8 compute, which ships too and is measured everywhere, and the other roads and containers, on its sets.
+    """
     from convert.export.containers import FILES
     from convert.export.int8_graph import INT8_GRAPH
     from convert.record import GGUF, INT8, REFERENCE, SHIPPED, STANDARD, TEACHER
@@ -87,10 +90,10 @@ def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
     some, shipped = tuple(recipe.evaluate.get("compare", ())), export(recipe)
     measured: list[Stage | TeacherStage] = [
         onnx_stage(SHIPPED, shipped, pad_id),
-        torch_stage(REFERENCE, train(recipe), pad_id),
-        int8_stage(INT8, shipped.with_name(INT8_GRAPH), pad_id),
+        torch_stage(REFERENCE, train(recipe), pad_id, _of_both_classes(tests)),
     ]
     if some:
+        measured.append(int8_stage(INT8, shipped.with_name(INT8_GRAPH), pad_id))
         measured += _roads(recipe, some).values()
     also = recipe.export.get("also", []) if some else []
     if "gguf" in also and importlib.util.find_spec("llama_cpp"):
@@ -100,6 +103,11 @@ def stages(recipe: Recipe) -> list[Stage | TeacherStage]:
     if recipe.evaluate.get("teacher_sets"):
         measured.append(teacher_stage(TEACHER, judge_tests(recipe)))
     return measured
+
+
+def _of_both_classes(tests: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
+    """The sets that define an F1."""
+    return tuple(name for name, rows in tests.items() if len({row.label for row in rows}) > 1)
 
 
 def _roads(recipe: Recipe, sets: tuple[str, ...] | None = None) -> dict[str, Stage]:
