@@ -16,8 +16,9 @@ from pathlib import Path
 from edgeguard import __version__
 from edgeguard.bench.records import Device
 from edgeguard.engines.cpus import allowed_cpus, physical_cores
+from edgeguard.files import read_or_none
 
-__all__ = ["clock_mhz", "commit", "describe_device", "load_average", "temperature_c", "versions"]
+__all__ = ["clock_mhz", "commit", "cpu_name", "describe_device", "load_average", "temperature_c", "versions"]
 
 PACKAGES = (
     "numpy",
@@ -49,14 +50,14 @@ def describe_device() -> Device:
     info = _cpuinfo()
     flags = (info.get("flags") or info.get("features") or "").split() or _sysctl_flags()
     return Device(
-        cpu=_cpu_name(info),
+        cpu=cpu_name(),
         architecture=platform.machine(),
         features=tuple(sorted(FEATURES.intersection(flags))),
         cpus_online=os.cpu_count() or 1,
         cores_physical=physical_cores(),
         cpus_allowed=allowed_cpus(),
         max_mhz=_khz(CPU_ROOT / "cpu0/cpufreq/cpuinfo_max_freq"),
-        governor=_read(CPU_ROOT / "cpu0/cpufreq/scaling_governor"),
+        governor=read_or_none(CPU_ROOT / "cpu0/cpufreq/scaling_governor"),
         l3_bytes=_l3_bytes(),
         ram_bytes=_ram_bytes(),
         memory_limit_bytes=_memory_limit(),
@@ -68,10 +69,20 @@ def describe_device() -> Device:
     )
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of edgeguard, Python and the packages that compute; None for one that is not installed."""
+def cpu_name() -> str:
+    """The name, and on x86 family and model: a cloud's machines often have no better name than the maker's."""
+    info = _cpuinfo()
+    name = info.get("model name") or info.get("hardware") or _output(["sysctl", "-n", "machdep.cpu.brand_string"])
+    name = name or platform.processor() or platform.machine()
+    if "cpu family" in info and "model" in info:
+        name += f" (family {info['cpu family']}, model {info['model']})"
+    return name
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Versions of edgeguard, Python and ``packages``; None for one that is not installed."""
     found: dict[str, str | None] = {"edgeguard": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -109,19 +120,10 @@ def temperature_c(root: Path = THERMAL_ROOT) -> float | None:
 def _cpuinfo() -> dict[str, str]:
     """The first processor of ``/proc/cpuinfo``, keys in lower case."""
     found: dict[str, str] = {}
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+    for line in (read_or_none(Path("/proc/cpuinfo")) or "").splitlines():
         key, _, value = line.partition(":")
         found.setdefault(key.strip().lower(), value.strip())
     return found
-
-
-def _cpu_name(info: dict[str, str]) -> str:
-    """The name, and on x86 family and model: a cloud's machines often have no better name than the maker's."""
-    name = info.get("model name") or info.get("hardware") or _output(["sysctl", "-n", "machdep.cpu.brand_string"])
-    name = name or platform.processor() or platform.machine()
-    if "cpu family" in info and "model" in info:
-        name += f" (family {info['cpu family']}, model {info['model']})"
-    return name
 
 
 def _sysctl_flags() -> list[str]:
@@ -138,7 +140,7 @@ def _system_name() -> str:
 
 
 def _l3_bytes() -> int | None:
-    size = _read(CPU_ROOT / "cpu0/cache/index3/size")
+    size = read_or_none(CPU_ROOT / "cpu0/cache/index3/size")
     return 1024 * int(size[:-1]) if size and size.endswith("K") else None
 
 
@@ -167,15 +169,8 @@ def _khz(file: Path) -> float | None:
 
 def _number(file: Path) -> float | None:
     try:
-        return float(_read(file) or "")
+        return float(read_or_none(file) or "")
     except ValueError:  # "max", or no such file
-        return None
-
-
-def _read(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
         return None
 
 
