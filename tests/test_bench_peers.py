@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from bench_support import QUICK, bench, bench_record, shrink_limits, write_tiny_
 from cli_support import run  # noqa: E402
 
 from edgeguard import Guard  # noqa: E402
-from edgeguard.bench import peer_files  # noqa: E402
+from edgeguard.bench import peer_files, peers  # noqa: E402
 from edgeguard.bench.peer_files import FILES, prepare, size_of  # noqa: E402
 from edgeguard.bench.peers import PEERS, PeerRunner, missing_package  # noqa: E402
 from edgeguard.bench.process import Worker  # noqa: E402
@@ -87,7 +88,7 @@ def test_a_peer_without_our_head_gives_the_vocabulary(
         with torch.inference_mode():
             hidden = model(torch.tensor([sample.ids])).last_hidden_state[0, -1]
             expected = (model.embed_tokens.weight @ hidden).numpy()
-        (found,) = peer._peer.logits(np.array([sample.ids]))
+        (found,) = peer._model.logits(np.array([sample.ids]))
         assert found.shape == expected.shape
         assert np.corrcoef(found, expected)[0, 1] > 0.999
     assert peer.call(samples).margin is None
@@ -126,9 +127,8 @@ def test_what_is_not_installed_is_listed_with_the_reason(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = ("onnxruntime-int4",)
-    for name, peer in PEERS.items():
-        if name not in real:
-            monkeypatch.setattr(peer, "modules", ("no_such_library",))
+    gone = {name: replace(peer, modules=("no_such_library",)) for name, peer in PEERS.items() if name not in real}
+    monkeypatch.setattr(peers, "PEERS", {**PEERS, **gone})
     record = bench_record(tmp_path / "r.json", "--bundle", llama, "--tokens", "32", "--engine", "onnx", "--peers")
     assert [(result.name, result.kind) for result in record.results] == [("onnx", "engine"), (*real, "peer")]
     assert {absent.name for absent in record.absent} == set(PEERS) - set(real)
