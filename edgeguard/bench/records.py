@@ -317,8 +317,7 @@ class Turn:
     """A new turn on a conversation that was judged just before, and a conversation as long that was not.
 
     `tokens`: of the conversation with the new turn. Before the latter, the earlier messages of a third one are judged.
-    Only the new turn is timed, through `Guard.conversation` where there is one. `ratio`: median of `scratch_ms` /
-    median of `turn_ms`.
+    Only the new turn is timed, through `Guard.conversation`. `ratio`: median of `scratch_ms` / median of `turn_ms`.
     """
 
     conversation_tokens: int
