@@ -152,7 +152,7 @@ def test_without_the_conversion_layer_it_is_said(llama: Path, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "convert.export.transcode", None)
     with pytest.raises(BenchError, match=r"convert.*a checkout of edgeguard"):
         prepare("gguf", llama, tmp_path, threads=1)
-    monkeypatch.setitem(sys.modules, "convert.export.onnx_graph", None)
+    monkeypatch.setitem(sys.modules, "convert.export.shape_sizes", None)
     with pytest.raises(BenchError, match=r"the shape tiny is written by the conversion layer: .* a checkout"):
         write_shape("tiny", SHAPES["tiny"], tmp_path, seed=0)
     assert not list(tmp_path.iterdir())
