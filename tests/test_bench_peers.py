@@ -19,14 +19,16 @@ from edgeguard.bench import peer_files, peers  # noqa: E402
 from edgeguard.bench.peer_files import FILES, prepare, size_of  # noqa: E402
 from edgeguard.bench.peers import PEERS, PeerRunner, missing_package  # noqa: E402
 from edgeguard.bench.process import Worker  # noqa: E402
-from edgeguard.bench.records import BenchError, load_record  # noqa: E402
+from edgeguard.bench.records import BenchError, Result, load_record  # noqa: E402
 from edgeguard.bench.runners import Sample  # noqa: E402
 from edgeguard.bench.shapes import SHAPES, UNTRAINED, shape_folder_name, write_shape  # noqa: E402
 from edgeguard.bench.texts import TextMaker  # noqa: E402
 from edgeguard.bundle import Bundle  # noqa: E402
+from edgeguard.engines import ENGINES  # noqa: E402
 
 # Other roundings of activations than the INT4 graph's: blocks of 32 in INT8 there, float32 or bfloat16 here.
 TOLERANCES = {"onnxruntime-int4": 1e-3, "transformers-fp32": 0.05, "transformers-bf16": 0.2, "optimum-ort": 0.05}
+SHAPE_FILES = ("manifest.json", "model.int8.json", "model.int8.onnx", "model.onnx", "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
@@ -186,13 +188,32 @@ def test_a_shape_is_measured_beside_a_peer_and_labelled_untrained(
     ]
     assert all(ratio.low <= ratio.ratio <= ratio.high for ratio in record.ratios)
     cached = tmp_path / "cache" / shape_folder_name("tiny", 0)
-    assert sorted(file.name for file in cached.iterdir()) == ["manifest.json", "model.onnx", "tokenizer.json"]
+    assert sorted(file.name for file in cached.iterdir()) == sorted(SHAPE_FILES)
     assert [path.name for path in cached.parent.iterdir()] == [cached.name], "nothing else is left"
+
+
+def test_a_shape_runs_on_every_engine(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    record = bench_record(tmp_path / "r.json", "--shape", "tiny", "--tokens", "32", "--turn", "40")
+    assert [(result.name, result.used) for result in record.results] == [(name, name) for name in ENGINES]
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "cache").glob("shape-tiny-*/*")}
+    shared = sizes["tokenizer.json"] + sizes["model.int8.json"]
+    files = {"onnx": ["model.onnx"], "onnx-int8": ["model.onnx", "model.int8.onnx"], "gguf": ["model.onnx"]}
+    reference = margins(record.results[0])
+    assert np.ptp(reference) > 0.4
+    for result in record.results:
+        assert result.file_bytes == shared + sum(sizes[name] for name in files[result.name])
+        assert margins(result) == pytest.approx(reference, abs=0.3), result.name
+        assert result.turn is not None and len(result.turn.turn_ms) == record.plan.trials
+
+
+def margins(result: Result) -> list[float | None]:
+    return [trial.margin for length in result.lengths for trial in length.trials]
 
 
 def test_the_same_shape_is_the_same_bundle(llama: Path, tmp_path: Path) -> None:
     again = write_tiny_llama(tmp_path / "again")
-    for name in ("manifest.json", "model.onnx", "tokenizer.json"):
+    for name in SHAPE_FILES:
         assert (again / name).read_bytes() == (llama / name).read_bytes()
 
 

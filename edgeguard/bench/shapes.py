@@ -19,6 +19,7 @@ from edgeguard.bench.records import BenchError
 from edgeguard.bundle import TOKENIZER_NAME, sha256_of
 from edgeguard.calibration import Calibration, Measured
 from edgeguard.engines.int4_weights import GROUP_SIZE, StudentConfig
+from edgeguard.engines.int8 import INT8_ENGINE
 from edgeguard.manifest import (
     DEFAULT_OPERATING_POINT,
     MANIFEST_NAME,
@@ -41,7 +42,7 @@ SPECIAL_IDS = 8  # ids at the end of the vocabulary that no text yields: start a
 # Random logits: an engine that rounds otherwise moves a margin by as much as one unit. A broken one gives no number.
 SELF_TEST_TOLERANCE = 20.0
 SELF_TEST_TEXT = "How do I sharpen a kitchen knife?"
-WRITER_VERSION = 1  # of this file: another one does not use what an older one left in the cache
+WRITER_VERSION = 2  # of this file: another one does not use what an older one left in the cache
 HEAD = (SAFE, UNSAFE, *HAZARDS)
 
 SHAPES: Mapping[str, StudentConfig] = MappingProxyType(
@@ -87,10 +88,12 @@ def shape_folder_name(name: str, seed: int) -> str:
 def write_shape(name: str, config: StudentConfig, folder: Path, seed: int) -> None:
     """Write an untrained bundle of the shape ``config`` into the empty ``folder``; the same seed, the same weights.
 
-    One byte a weight is held in memory, and the file up to four times: below 4 GB for a 1B model. Raises BenchError
-    without the conversion layer.
+    It has the files of a trained one: INT4, and the graph and plan of INT8. One byte a weight is held in memory, and
+    the file up to four times: below 4 GB for a 1B model. Raises BenchError without the conversion layer, ParityError
+    when the INT8 graph computes something else.
     """
     try:
+        from convert.export.int8_graph import INT8_GRAPH, INT8_PLAN, export_int8
         from convert.export.onnx import run_onnx
         from convert.export.shape_sizes import synthetic_tokenizer, write_untrained
     except ImportError as error:
@@ -104,9 +107,16 @@ def write_shape(name: str, config: StudentConfig, folder: Path, seed: int) -> No
     template = _template(config.vocab_size)
     tokenizer = Tokenizer.from_str(tokenizer_json)
     ids = np.array([template.encode(tokenizer, [("user", SELF_TEST_TEXT)], config.max_tokens).ids], np.int64)
-    logits = run_onnx(folder / "model.onnx", ids, np.ones_like(ids))
+    mask = np.ones_like(ids)
+    logits = run_onnx(folder / "model.onnx", ids, mask)
+    export_int8(folder / "model.onnx", logits, ids, mask, tolerance=SELF_TEST_TOLERANCE)
     vector = SelfTestVector(SELF_TEST_TEXT, None, ids.size, float(logits[0, 1] - logits[0, 0]))
-    manifest = _manifest(name, config.max_tokens, template, vector, folder)
+    engines = {"model.onnx": "onnx", INT8_GRAPH: INT8_ENGINE, INT8_PLAN: None, TOKENIZER_NAME: None}
+    files = {
+        file: FileEntry(sha256_of(folder / file), (folder / file).stat().st_size, engine)
+        for file, engine in engines.items()
+    }
+    manifest = _manifest(name, config.max_tokens, template, vector, files)
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest.to_dict(), indent=1), encoding="utf-8")
 
 
@@ -123,11 +133,12 @@ def _template(vocab_size: int) -> Template:
     )
 
 
-def _manifest(name: str, max_tokens: int, template: Template, vector: SelfTestVector, folder: Path) -> Manifest:
+def _manifest(
+    name: str, max_tokens: int, template: Template, vector: SelfTestVector, files: Mapping[str, FileEntry]
+) -> Manifest:
     """A manifest whose figures are empty where only training could fill them (it wants at least one row)."""
     nothing = Measured(n=1, f1=None, precision=None, recall=None, fpr=None)
     point = OperatingPoint(dict.fromkeys(TARGETS, 0.5), dict.fromkeys(TARGETS, nothing))
-    files = {"model.onnx": "onnx", TOKENIZER_NAME: None}
     return Manifest(
         name=f"{name}-untrained",
         version="0",
@@ -140,10 +151,7 @@ def _manifest(name: str, max_tokens: int, template: Template, vector: SelfTestVe
         head=HEAD,
         calibration=dict.fromkeys(TARGETS, Calibration(temperature=1.0, bias=0.0)),
         operating_points={DEFAULT_OPERATING_POINT: point},
-        files={
-            file: FileEntry(sha256_of(folder / file), (folder / file).stat().st_size, engine)
-            for file, engine in files.items()
-        },
+        files=files,
         quantization=Quantization("int4-symmetric", (-8, 7), GROUP_SIZE, "float16", embedding=True),
         self_test=SelfTest(SELF_TEST_TOLERANCE, (vector,)),
         provenance=Provenance(recipe=None, recipe_sha256=None, data_sha256=None, commit=None),
