@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,7 @@ from edgeguard.bench.records import Device
 from edgeguard.engines.cpus import allowed_cpus, physical_cores
 from edgeguard.files import read_or_none
 
-__all__ = ["clock_mhz", "commit", "cpu_name", "describe_device", "load_average", "temperature_c", "versions"]
+__all__ = ["OtherWork", "clock_mhz", "commit", "cpu_name", "describe_device", "temperature_c", "versions"]
 
 PACKAGES = (
     "numpy",
@@ -46,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def describe_device() -> Device:
-    """This machine, as it is now; ``load_after`` is left to the end of a run."""
+    """This machine, as it is now; what other work took is left to the end of a run."""
     info = _cpuinfo()
     flags = (info.get("flags") or info.get("features") or "").split() or _sysctl_flags()
     return Device(
@@ -64,8 +65,8 @@ def describe_device() -> Device:
         system=f"{_system_name()}, {platform.system()} {platform.release()}",
         virtual="hypervisor" in flags if flags and platform.machine() in ("x86_64", "AMD64") else None,
         on_battery=_on_battery(),
-        load_before=load_average(),
-        load_after=None,
+        load_before=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        others_cpus=None,
     )
 
 
@@ -99,9 +100,30 @@ def commit() -> str | None:
     return f"{head}{'+' if changed else ''}" if head else None
 
 
-def load_average() -> float | None:
-    """Processes that ran or waited for a CPU, over the last minute."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+class OtherWork:
+    """How many CPUs others keep busy, on average from when this was made: other processes, and a hypervisor.
+
+    What this process and its children use is told apart, the children's only once they have ended.
+    """
+
+    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+        """Begin. ``stat``: the counters of Linux, see its ``Documentation/filesystems/proc.rst``."""
+        self._stat = stat
+        self._start, self._before = time.perf_counter(), self._others_s()
+
+    def cpus(self) -> float | None:
+        """Since this was made; None where the system does not tell."""
+        seconds, now = time.perf_counter() - self._start, self._others_s()
+        return None if now is None or self._before is None else max(0.0, (now - self._before) / seconds)
+
+    def _others_s(self) -> float | None:
+        """CPU seconds of all but us, since the machine started."""
+        name, *ticks = (read_or_none(self._stat) or "").partition("\n")[0].split() or [""]
+        if name != "cpu":
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, stolen, *_ = map(int, ticks)
+        busy = user + nice + system + irq + softirq + stolen
+        return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def clock_mhz() -> float | None:

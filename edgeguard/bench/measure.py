@@ -141,8 +141,11 @@ def measure(request: Request, progress: Progress) -> Record:
     Raises BenchError when a worker dies, an engine that was asked for by name cannot be loaded, or nothing is left to
     measure; BundleError for the bundle. Nothing is written anywhere but in the cache folder.
     """
+    others = device.OtherWork()
     with ExitStack() as stack:
-        return _Run(request, progress, stack).record()
+        record = _Run(request, progress, stack).record()
+    # Now that the workers have ended, their work is told apart from that of others.
+    return replace(record, device=replace(record.device, others_cpus=others.cpus()))
 
 
 def schedule(names: Sequence[str], lengths: Sequence[int], rounds: int, seed: int) -> Iterator[list[tuple[str, int]]]:
@@ -195,7 +198,7 @@ class _Run:
             command=self.request.command,
             commit=device.commit(),
             versions=device.versions(),
-            device=replace(self.device, load_after=device.load_average()),
+            device=self.device,
             bundle=self._bundle_facts(),
             plan=self._plan(),
             shape=shape,

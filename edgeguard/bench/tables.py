@@ -40,8 +40,10 @@ def heading(record: Record) -> list[str]:
     lines.append(f"{cores}, RAM {ram}, governor {device.governor or NONE}, {device.system}{virtual}")
     lines.append(
         f"threads {plan.threads}, batch {plan.batch}, {plan.trials} trials a length after {plan.warmup} discarded, "
-        f"seed {plan.seed}, load average {_figure(device.load_before)} before and {_figure(device.load_after)} after"
+        f"seed {plan.seed}"
     )
+    before, others = _figure(device.load_before), _figure(device.others_cpus)
+    lines.append(f"load average {before} before the run, {others} CPUs busy with other work during it")
     known = ", ".join(f"{name} {version}" for name, version in record.versions.items() if version is not None)
     lines.append(f"{known}, commit {(record.commit or NONE)[:12]}, {record.created}")
     return lines
@@ -196,8 +198,15 @@ def _sustained(record: Record) -> Table:
             rates = [window.tokens_per_s for window in sustain.windows]
             kept = NONE if sustain.kept is None else f"{sustain.kept:.0%}"
             figures = (_figure(median(sustain.latencies_ms)), f"{median(rates):,.0f}", f"{min(rates):,.0f}", kept)
-            rows.append((result.name, str(sustain.tokens), str(len(rates)), *figures))
-    columns = ("", "tokens", "seconds", "p50 ms", "tokens/s", "slowest second", "last quarter of first")
+            clock = min((window.mhz for window in sustain.windows if window.mhz is not None), default=None)
+            heat = max(
+                (window.temperature_c for window in sustain.windows if window.temperature_c is not None), default=None
+            )
+            rows.append((result.name, str(sustain.tokens), str(len(rates)), *figures, _figure(clock), _figure(heat)))
+    columns = (
+        *("", "tokens", "seconds", "p50 ms", "tokens/s", "slowest second", "last quarter of first"),
+        *("slowest clock, MHz", "hottest sensor, °C"),
+    )
     return Table(f"Calls without pause{_untrained(record)}", columns, tuple(rows))
 
 

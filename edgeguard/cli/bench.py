@@ -27,7 +27,7 @@ __all__ = ["bench_command"]
 
 STDOUT = "-"
 LINE_EVERY_S = 15.0
-QUIET_LOAD = 0.5  # of one CPU, over the minute before
+QUIET_CPUS = 0.2  # busy with other work
 
 
 def _lengths(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -118,8 +118,10 @@ def bench_command(
     with _leaving_tidily(), BenchProgress() as progress:
         request = _request(shape, progress, **settings)
         record = measure(request, progress)
-    if (record.device.load_before or 0) > QUIET_LOAD:
-        warn(f"the load average was {record.device.load_before:.1f} before the run: other work disturbed it.")
+    device = record.device
+    busy = device.load_before if device.others_cpus is None else device.others_cpus
+    if busy is not None and busy > QUIET_CPUS:
+        warn(f"about {busy:.1f} CPUs were busy with other work, which disturbed the run: measure on a quiet machine.")
     _write(record, json_file, markdown_file, plot_file)
 
 
