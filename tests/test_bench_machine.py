@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_the_commit_is_the_checkouts() -> None:
 
 def test_other_work_is_told_apart_from_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stat, ticks, now = tmp_path / "stat", os.sysconf("SC_CLK_TCK"), [0.0]
-    monkeypatch.setattr(device.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def write(busy_s: float) -> None:
         """Half of it as a user's time, half of it stolen; idle and waiting count as nothing."""

@@ -12,7 +12,7 @@ from edgeguard.bench.stats import median
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Table", "heading", "print_record", "print_tables", "tables_of", "to_markdown"]
+__all__ = ["Table", "heading", "print_record", "print_tables", "table_to_markdown", "tables_of", "to_markdown"]
 
 NONE = "-"  # not measured, or not told
 UNTRAINED_NOTE = "UNTRAINED: the weights are random. Speed, memory and size are real; the verdicts mean nothing."
@@ -86,10 +86,14 @@ def to_markdown(record: Record) -> str:
     lines = [f"# {record.bundle.label}{_untrained(record)}", "", "```bash", record.command, "```", ""]
     lines += [f"- {line}" for line in heading(record)]
     for table in tables_of(record):
-        lines += ["", f"## {table.title}", "", _markdown_row(table.columns)]
-        lines.append(_markdown_row("---" if i < table.left else "---:" for i in range(len(table.columns))))
-        lines += [_markdown_row(row) for row in table.rows]
+        lines += table_to_markdown(table)
     return "\n".join(lines) + "\n"
+
+
+def table_to_markdown(table: Table) -> list[str]:
+    """Lines: a heading, then the table."""
+    alignment = _markdown_row("---" if i < table.left else "---:" for i in range(len(table.columns)))
+    return ["", f"## {table.title}", "", _markdown_row(table.columns), alignment, *map(_markdown_row, table.rows)]
 
 
 def _latencies(record: Record) -> Table:
