@@ -202,11 +202,10 @@ def _sustained(record: Record) -> Table:
             rates = [window.tokens_per_s for window in sustain.windows]
             kept = NONE if sustain.kept is None else f"{sustain.kept:.0%}"
             figures = (_figure(median(sustain.latencies_ms)), f"{median(rates):,.0f}", f"{min(rates):,.0f}", kept)
-            clock = min((window.mhz for window in sustain.windows if window.mhz is not None), default=None)
-            heat = max(
-                (window.temperature_c for window in sustain.windows if window.temperature_c is not None), default=None
-            )
-            rows.append((result.name, str(sustain.tokens), str(len(rates)), *figures, _figure(clock), _figure(heat)))
+            clocks = [window.mhz for window in sustain.windows if window.mhz is not None]
+            heats = [window.temperature_c for window in sustain.windows if window.temperature_c is not None]
+            sensors = (_figure(min(clocks, default=None)), _figure(max(heats, default=None)))
+            rows.append((result.name, str(sustain.tokens), str(len(rates)), *figures, *sensors))
     columns = (
         *("", "tokens", "seconds", "p50 ms", "tokens/s", "slowest second", "last quarter of first"),
         *("slowest clock, MHz", "hottest sensor, °C"),
@@ -217,19 +216,17 @@ def _sustained(record: Record) -> Table:
 def _agreement(record: Record) -> Table:
     """Do they compute the same? Margins of the same texts, against the first result that has them."""
     margins = {
-        result.name: {
-            (length.tokens, trial.round): trial.margin for length in result.lengths for trial in length.trials
-        }
+        result.name: [trial.margin for length in result.lengths for trial in length.trials if trial.margin is not None]
         for result in record.results
     }
-    known = {name: found for name, found in margins.items() if None not in found.values()}
-    reference, *others = known or {"": {}}
+    known = {name: found for name, found in margins.items() if found}  # a peer without our head has none
+    reference, *others = known or [""]
     rows = []
     for name in others:
-        differences = [abs((known[name][key] or 0) - (margin or 0)) for key, margin in known[reference].items()]
-        same = [(known[name][key] or 0) * (margin or 0) > 0 for key, margin in known[reference].items()]
-        mean = sum(differences) / len(differences)
-        rows.append((name, f"{mean:.4f}", f"{max(differences):.4f}", f"{sum(same) / len(same):.0%}"))
+        pairs = list(zip(known[reference], known[name], strict=True))
+        differences, same = [abs(a - b) for a, b in pairs], [a * b > 0 for a, b in pairs]
+        mean = sum(differences) / len(pairs)
+        rows.append((name, f"{mean:.4f}", f"{max(differences):.4f}", f"{sum(same) / len(pairs):.0%}"))
     columns = ("", "mean difference", "largest", "same sign")
     return Table(f"Margins (logits) against {reference}{_untrained(record)}", columns, tuple(rows))
 
