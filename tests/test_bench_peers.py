@@ -66,7 +66,7 @@ def runner(name: str, llama: Path, folder: Path) -> PeerRunner:
 @pytest.mark.parametrize("name", TOLERANCES)
 def test_a_peer_with_our_head_gives_our_margins(name: str, llama: Path, folder: Path, samples: list[Sample]) -> None:
     peer = runner(name, llama, folder)
-    guard = Guard.load(llama, threads=1)
+    guard = Guard.load(llama, engine="onnx", threads=1)
     expected = [guard.classify(sample.messages[0][1]).margin for sample in samples]
     found = [peer.call([sample]).margin for sample in samples]
     assert found == pytest.approx(expected, abs=TOLERANCES[name])
