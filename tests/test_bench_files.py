@@ -15,9 +15,14 @@ from edgeguard.files import read_or_none, write_whole
 def test_what_was_there_is_replaced_in_one_step(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text("old")
+
+    def write(part: Path) -> None:
+        part.write_text("new")
+        assert file.read_text() == "old"
+
     umask = os.umask(0o022)
     try:
-        write_whole(file, lambda part: [part.write_text("new"), file.read_text()][1] == "old" or pytest.fail("early"))
+        write_whole(file, write)
     finally:
         os.umask(umask)
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
