@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ def test_the_device_describes_itself() -> None:
     found = device.describe_device()
     assert found.cpu and found.system and found.architecture
     assert 1 <= found.cpus_allowed == allowed_cpus() <= found.cpus_online
-    assert found.load_after is None
+    assert found.others_cpus is None
     if sys.platform == "linux":
         assert found.ram_bytes is not None and found.ram_bytes > 2**28
         assert found.load_before is not None
@@ -43,6 +45,27 @@ def test_the_commit_is_the_checkouts() -> None:
         pytest.skip("not a checkout of git")
     found = device.commit()
     assert found is not None and found.rstrip("+") == head.stdout.strip()
+
+
+def test_other_work_is_told_apart_from_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat, ticks, now = tmp_path / "stat", os.sysconf("SC_CLK_TCK"), [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def write(busy_s: float) -> None:
+        """Half of it as a user's time, half of it stolen; idle and waiting count as nothing."""
+        half = int(busy_s * ticks / 2)
+        stat.write_text(f"cpu  {half} 0 0 999 999 0 0 {half} 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n")
+
+    write(100)
+    work, own = device.OtherWork(stat), sum(os.times()[:4])
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)  # ours, once it has ended
+    own = sum(os.times()[:4]) - own
+    now[0] = 10.0
+    write(100 + own + 3 * now[0])
+    assert own > 0.05 and work.cpus() == pytest.approx(3, abs=0.05)
+    write(100)
+    assert work.cpus() == 0
+    assert device.OtherWork(tmp_path / "none").cpus() is None
 
 
 def test_the_hottest_sensor(tmp_path: Path) -> None:

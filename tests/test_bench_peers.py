@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,20 @@ from bench_support import QUICK, bench, bench_record, shrink_limits, write_tiny_
 from cli_support import run  # noqa: E402
 
 from edgeguard import Guard  # noqa: E402
-from edgeguard.bench import peer_files  # noqa: E402
+from edgeguard.bench import peer_files, peers  # noqa: E402
 from edgeguard.bench.peer_files import FILES, prepare, size_of  # noqa: E402
 from edgeguard.bench.peers import PEERS, PeerRunner, missing_package  # noqa: E402
 from edgeguard.bench.process import Worker  # noqa: E402
-from edgeguard.bench.records import BenchError, load_record  # noqa: E402
+from edgeguard.bench.records import BenchError, Result, load_record  # noqa: E402
 from edgeguard.bench.runners import Sample  # noqa: E402
 from edgeguard.bench.shapes import SHAPES, UNTRAINED, shape_folder_name, write_shape  # noqa: E402
 from edgeguard.bench.texts import TextMaker  # noqa: E402
 from edgeguard.bundle import Bundle  # noqa: E402
+from edgeguard.engines import ENGINES  # noqa: E402
 
 # Other roundings of activations than the INT4 graph's: blocks of 32 in INT8 there, float32 or bfloat16 here.
 TOLERANCES = {"onnxruntime-int4": 1e-3, "transformers-fp32": 0.05, "transformers-bf16": 0.2, "optimum-ort": 0.05}
+SHAPE_FILES = ("manifest.json", "model.int8.json", "model.int8.onnx", "model.onnx", "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def runner(name: str, llama: Path, folder: Path) -> PeerRunner:
 @pytest.mark.parametrize("name", TOLERANCES)
 def test_a_peer_with_our_head_gives_our_margins(name: str, llama: Path, folder: Path, samples: list[Sample]) -> None:
     peer = runner(name, llama, folder)
-    guard = Guard.load(llama, threads=1)
+    guard = Guard.load(llama, engine="onnx", threads=1)
     expected = [guard.classify(sample.messages[0][1]).margin for sample in samples]
     found = [peer.call([sample]).margin for sample in samples]
     assert found == pytest.approx(expected, abs=TOLERANCES[name])
@@ -87,7 +90,7 @@ def test_a_peer_without_our_head_gives_the_vocabulary(
         with torch.inference_mode():
             hidden = model(torch.tensor([sample.ids])).last_hidden_state[0, -1]
             expected = (model.embed_tokens.weight @ hidden).numpy()
-        (found,) = peer._peer.logits(np.array([sample.ids]))
+        (found,) = peer._model.logits(np.array([sample.ids]))
         assert found.shape == expected.shape
         assert np.corrcoef(found, expected)[0, 1] > 0.999
     assert peer.call(samples).margin is None
@@ -126,9 +129,8 @@ def test_what_is_not_installed_is_listed_with_the_reason(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = ("onnxruntime-int4",)
-    for name, peer in PEERS.items():
-        if name not in real:
-            monkeypatch.setattr(peer, "modules", ("no_such_library",))
+    gone = {name: replace(peer, modules=("no_such_library",)) for name, peer in PEERS.items() if name not in real}
+    monkeypatch.setattr(peers, "PEERS", {**PEERS, **gone})
     record = bench_record(tmp_path / "r.json", "--bundle", llama, "--tokens", "32", "--engine", "onnx", "--peers")
     assert [(result.name, result.kind) for result in record.results] == [("onnx", "engine"), (*real, "peer")]
     assert {absent.name for absent in record.absent} == set(PEERS) - set(real)
@@ -152,7 +154,7 @@ def test_without_the_conversion_layer_it_is_said(llama: Path, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "convert.export.transcode", None)
     with pytest.raises(BenchError, match=r"convert.*a checkout of edgeguard"):
         prepare("gguf", llama, tmp_path, threads=1)
-    monkeypatch.setitem(sys.modules, "convert.export.onnx_graph", None)
+    monkeypatch.setitem(sys.modules, "convert.export.shape_sizes", None)
     with pytest.raises(BenchError, match=r"the shape tiny is written by the conversion layer: .* a checkout"):
         write_shape("tiny", SHAPES["tiny"], tmp_path, seed=0)
     assert not list(tmp_path.iterdir())
@@ -186,13 +188,32 @@ def test_a_shape_is_measured_beside_a_peer_and_labelled_untrained(
     ]
     assert all(ratio.low <= ratio.ratio <= ratio.high for ratio in record.ratios)
     cached = tmp_path / "cache" / shape_folder_name("tiny", 0)
-    assert sorted(file.name for file in cached.iterdir()) == ["manifest.json", "model.onnx", "tokenizer.json"]
+    assert sorted(file.name for file in cached.iterdir()) == sorted(SHAPE_FILES)
     assert [path.name for path in cached.parent.iterdir()] == [cached.name], "nothing else is left"
+
+
+def test_a_shape_runs_on_every_engine(tmp_path: Path) -> None:
+    names = [name for name in ENGINES if name != "gguf" or not missing_package(PEERS["llama-cpp-python"])]
+    record = bench_record(tmp_path / "r.json", "--shape", "tiny", "--tokens", "32", "--turn", "40")
+    assert [(result.name, result.used) for result in record.results] == [(name, name) for name in names]
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "cache").glob("shape-tiny-*/*")}
+    shared = sizes["tokenizer.json"] + sizes["model.int8.json"]
+    files = {"onnx": ["model.onnx"], "onnx-int8": ["model.onnx", "model.int8.onnx"], "gguf": ["model.onnx"]}
+    reference = margins(record.results[0])
+    assert np.ptp(reference) > 0.4
+    for result in record.results:
+        assert result.file_bytes == shared + sum(sizes[name] for name in files[result.name])
+        assert margins(result) == pytest.approx(reference, abs=0.3), result.name
+        assert result.turn is not None and len(result.turn.turn_ms) == record.plan.trials
+
+
+def margins(result: Result) -> list[float]:
+    return [trial.margin for length in result.lengths for trial in length.trials if trial.margin is not None]
 
 
 def test_the_same_shape_is_the_same_bundle(llama: Path, tmp_path: Path) -> None:
     again = write_tiny_llama(tmp_path / "again")
-    for name in ("manifest.json", "model.onnx", "tokenizer.json"):
+    for name in SHAPE_FILES:
         assert (again / name).read_bytes() == (llama / name).read_bytes()
 
 

@@ -88,7 +88,10 @@ def test_a_record_holds_every_trial(file: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda d: d.update(schema_version=SCHEMA_VERSION + 1), f"expected schema version {SCHEMA_VERSION}, found 2"),
+        (
+            lambda d: d.update(schema_version=SCHEMA_VERSION + 1),
+            f"expected schema version {SCHEMA_VERSION}, found {SCHEMA_VERSION + 1}",
+        ),
         (lambda d: d.update(schema_version=None), "expected schema version"),
         (lambda d: d.update(format="other"), "found no 'edgeguard-bench'"),
         (lambda d: d.pop("plan"), "Record lacks the key 'plan'"),

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import random
-import resource
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from convert.export.onnx_graph import StudentConfig, build_guard_graph
 from convert.files import write_whole
 from convert.quantize import Int4Weight, quantize_int4
+from edgeguard.bench.memory import peak_bytes
 
 __all__ = ["CONTAINERS", "measure_sizes", "synthetic_tokenizer", "write_untrained"]
 
@@ -30,18 +29,23 @@ TOKEN_LENGTHS = range(2, 12)  # bytes of a made-up token; the mean is near that 
 
 
 def write_untrained(
-    config: StudentConfig, folder: Path, seed: int, containers: Sequence[str] = CONTAINERS
+    config: StudentConfig,
+    folder: Path,
+    seed: int,
+    containers: Sequence[str] = CONTAINERS,
+    labels: Sequence[str] = (),
 ) -> dict[str, int]:
     """Write a student of random INT4 weights into ``folder``; returns the bytes of each file by name.
 
     ``containers``: some of ``onnx`` (``model.onnx``), ``gguf`` (``model.gguf``, with a made-up tokenizer of the size of
-    the vocabulary) and ``standard`` (``model.standard.onnx``, needs optimum-onnx). One byte a weight is held in memory,
-    and a container on top. The same seed gives the same weights. Raises ValueError for an unknown container.
+    the vocabulary) and ``standard`` (``model.standard.onnx``, needs optimum-onnx). ``labels``: names of the head's
+    rows, made up where there are none. One byte a weight is held in memory, and a container on top. The same seed gives
+    the same weights. Raises ValueError for an unknown container.
     """
     if unknown := set(containers) - set(CONTAINERS):
         raise ValueError(f"unknown containers {sorted(unknown)}. Known are {list(CONTAINERS)}.")
-    weights = _random_weights(config, np.random.default_rng(seed))
-    labels = [f"label{i}" for i in range(config.head_size)]
+    weights = dict(_random_weights(config, np.random.default_rng(seed)))
+    labels = labels or [f"label{i}" for i in range(config.head_size)]
 
     def onnx(path: Path) -> None:
         path.write_bytes(build_guard_graph(weights, config, labels=labels).SerializeToString())
@@ -80,8 +84,7 @@ def measure_sizes(shape: Mapping[str, Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             sizes[str(vocabulary)] = write_untrained(config, Path(folder), seed=0)
         click.echo(f"vocabulary {vocabulary}: {sizes[str(vocabulary)]}", err=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"shape": dict(shape), "untrained": True, "bytes": sizes, "peak_memory_bytes": peak}
+    return {"shape": dict(shape), "untrained": True, "bytes": sizes, "peak_memory_bytes": peak_bytes()}
 
 
 def synthetic_tokenizer(size: int, seed: int) -> str:
@@ -108,14 +111,19 @@ def synthetic_tokenizer(size: int, seed: int) -> str:
     return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False)
 
 
-def _random_weights(config: StudentConfig, rng: np.random.Generator) -> dict[str, Int4Weight | NDArray[Any]]:
-    weights: dict[str, Int4Weight | NDArray[Any]] = {}
+def _random_weights(
+    config: StudentConfig, rng: np.random.Generator
+) -> Iterator[tuple[str, Int4Weight | NDArray[np.float32]]]:
+    """Normal weights whose outputs stay near 1, on the INT4 grid; norms of 1, as at the start of a training."""
     for name, shape in config.shapes().items():
-        if len(shape) == 1 or name.startswith("head."):
-            weights[name] = rng.standard_normal(shape, np.float32)
+        if len(shape) == 1:
+            yield name, np.zeros(shape, np.float32) if name == "head.bias" else np.ones(shape, np.float32)
+            continue
+        spread = np.float32(1.0 if name == "model.embed_tokens.weight" else shape[1] ** -0.5)
+        if name == "head.weight":
+            yield name, rng.standard_normal(shape, np.float32) * spread
             continue
         rows = max(1, SLICE_ELEMENTS // shape[1])
         counts = [min(rows, shape[0] - start) for start in range(0, shape[0], rows)]
-        parts = [quantize_int4(rng.standard_normal((n, shape[1]), np.float32)) for n in counts]
-        weights[name] = Int4Weight.stack(parts)
-    return weights
+        parts = [quantize_int4(rng.standard_normal((n, shape[1]), np.float32) * spread) for n in counts]
+        yield name, Int4Weight.stack(parts)

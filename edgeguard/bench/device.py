@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +17,9 @@ from pathlib import Path
 from edgeguard import __version__
 from edgeguard.bench.records import Device
 from edgeguard.engines.cpus import allowed_cpus, physical_cores
+from edgeguard.files import read_or_none
 
-__all__ = ["clock_mhz", "commit", "describe_device", "load_average", "temperature_c", "versions"]
+__all__ = ["OtherWork", "clock_mhz", "commit", "cpu_name", "describe_device", "temperature_c", "versions"]
 
 PACKAGES = (
     "numpy",
@@ -45,33 +47,43 @@ HERE = Path(__file__).resolve().parent
 
 
 def describe_device() -> Device:
-    """This machine, as it is now; ``load_after`` is left to the end of a run."""
+    """This machine, as it is now; what other work took is left to the end of a run."""
     info = _cpuinfo()
     flags = (info.get("flags") or info.get("features") or "").split() or _sysctl_flags()
     return Device(
-        cpu=_cpu_name(info),
+        cpu=cpu_name(),
         architecture=platform.machine(),
         features=tuple(sorted(FEATURES.intersection(flags))),
         cpus_online=os.cpu_count() or 1,
         cores_physical=physical_cores(),
         cpus_allowed=allowed_cpus(),
         max_mhz=_khz(CPU_ROOT / "cpu0/cpufreq/cpuinfo_max_freq"),
-        governor=_read(CPU_ROOT / "cpu0/cpufreq/scaling_governor"),
+        governor=read_or_none(CPU_ROOT / "cpu0/cpufreq/scaling_governor"),
         l3_bytes=_l3_bytes(),
         ram_bytes=_ram_bytes(),
         memory_limit_bytes=_memory_limit(),
         system=f"{_system_name()}, {platform.system()} {platform.release()}",
         virtual="hypervisor" in flags if flags and platform.machine() in ("x86_64", "AMD64") else None,
         on_battery=_on_battery(),
-        load_before=load_average(),
-        load_after=None,
+        load_before=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        others_cpus=None,
     )
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of edgeguard, Python and the packages that compute; None for one that is not installed."""
+def cpu_name() -> str:
+    """The name, and on x86 family and model: a cloud's machines often have no better name than the maker's."""
+    info = _cpuinfo()
+    name = info.get("model name") or info.get("hardware") or _output(["sysctl", "-n", "machdep.cpu.brand_string"])
+    name = name or platform.processor() or platform.machine()
+    if "cpu family" in info and "model" in info:
+        name += f" (family {info['cpu family']}, model {info['model']})"
+    return name
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Versions of edgeguard, Python and ``packages``; None for one that is not installed."""
     found: dict[str, str | None] = {"edgeguard": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -88,9 +100,30 @@ def commit() -> str | None:
     return f"{head}{'+' if changed else ''}" if head else None
 
 
-def load_average() -> float | None:
-    """Processes that ran or waited for a CPU, over the last minute."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+class OtherWork:
+    """How many CPUs others keep busy, on average from when this was made: other processes, and a hypervisor.
+
+    What this process and its children use is told apart, the children's only once they have ended.
+    """
+
+    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+        """Begin. ``stat``: the counters of Linux, see its ``Documentation/filesystems/proc.rst``."""
+        self._stat = stat
+        self._start, self._before = time.perf_counter(), self._others_s()
+
+    def cpus(self) -> float | None:
+        """Since this was made; None where the system does not tell."""
+        seconds, now = time.perf_counter() - self._start, self._others_s()
+        return None if now is None or self._before is None else max(0.0, (now - self._before) / seconds)
+
+    def _others_s(self) -> float | None:
+        """CPU seconds of all but us, since the machine started."""
+        name, *ticks = (read_or_none(self._stat) or "").partition("\n")[0].split() or [""]
+        if name != "cpu":
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, stolen, *_ = map(int, ticks)
+        busy = user + nice + system + irq + softirq + stolen
+        return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def clock_mhz() -> float | None:
@@ -109,19 +142,10 @@ def temperature_c(root: Path = THERMAL_ROOT) -> float | None:
 def _cpuinfo() -> dict[str, str]:
     """The first processor of ``/proc/cpuinfo``, keys in lower case."""
     found: dict[str, str] = {}
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+    for line in (read_or_none(Path("/proc/cpuinfo")) or "").splitlines():
         key, _, value = line.partition(":")
         found.setdefault(key.strip().lower(), value.strip())
     return found
-
-
-def _cpu_name(info: dict[str, str]) -> str:
-    """The name, and on x86 family and model: a cloud's machines often have no better name than the maker's."""
-    name = info.get("model name") or info.get("hardware") or _output(["sysctl", "-n", "machdep.cpu.brand_string"])
-    name = name or platform.processor() or platform.machine()
-    if "cpu family" in info and "model" in info:
-        name += f" (family {info['cpu family']}, model {info['model']})"
-    return name
 
 
 def _sysctl_flags() -> list[str]:
@@ -138,7 +162,7 @@ def _system_name() -> str:
 
 
 def _l3_bytes() -> int | None:
-    size = _read(CPU_ROOT / "cpu0/cache/index3/size")
+    size = read_or_none(CPU_ROOT / "cpu0/cache/index3/size")
     return 1024 * int(size[:-1]) if size and size.endswith("K") else None
 
 
@@ -167,15 +191,8 @@ def _khz(file: Path) -> float | None:
 
 def _number(file: Path) -> float | None:
     try:
-        return float(_read(file) or "")
+        return float(read_or_none(file) or "")
     except ValueError:  # "max", or no such file
-        return None
-
-
-def _read(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
         return None
 
 

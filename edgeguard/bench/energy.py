@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgeguard.bench.records import Meter
+from edgeguard.files import read_or_none
 
 __all__ = ["EnergyMeter", "PowerMetrics", "Rapl", "find_meter"]
 
@@ -124,10 +125,7 @@ def _find_powermetrics() -> tuple[EnergyMeter | None, Meter]:
 
 
 def _name(zone: Path) -> str:
-    try:
-        return (zone / "name").read_text().strip()
-    except OSError:
-        return ""
+    return read_or_none(zone / "name") or ""
 
 
 def _microjoules(zone: Path) -> int:

@@ -1,8 +1,7 @@
-"""Files of a run: written whole or not at all, and what can be made again kept in the user's cache folder."""
+"""Folders of a run: what can be made again in the user's cache folder, what nobody needs afterwards beside it."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -12,22 +11,10 @@ from pathlib import Path
 
 from edgeguard.cache import cache_folder
 
-__all__ = ["cached_folder", "scratch_folder", "write_whole"]
+__all__ = ["cached_folder", "scratch_folder"]
 
 SCRATCH_PREFIX = "bench-"
 STALE_S = 24 * 3600.0
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write ``file`` under another name in its folder, then move it into place in one step."""
-    handle, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        Path(part).chmod(0o666 & ~_umask())
-        Path(part).replace(file)
-    finally:
-        Path(part).unlink(missing_ok=True)
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
@@ -67,9 +54,3 @@ def scratch_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

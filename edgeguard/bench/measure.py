@@ -56,6 +56,7 @@ from edgeguard.bench.work import work_of
 from edgeguard.bundle import Bundle, sha256_of
 from edgeguard.engines import ENGINES
 from edgeguard.engines.cpus import choose_threads
+from edgeguard.engines.int8 import INT8_ENGINE
 from edgeguard.manifest import MANIFEST_NAME
 
 __all__ = ["DEFAULT_TOKENS", "Progress", "Request", "measure", "schedule"]
@@ -140,8 +141,11 @@ def measure(request: Request, progress: Progress) -> Record:
     Raises BenchError when a worker dies, an engine that was asked for by name cannot be loaded, or nothing is left to
     measure; BundleError for the bundle. Nothing is written anywhere but in the cache folder.
     """
+    others = device.OtherWork()
     with ExitStack() as stack:
-        return _Run(request, progress, stack).record()
+        record = _Run(request, progress, stack).record()
+    # Now that the workers have ended, their work is told apart from that of others.
+    return replace(record, device=replace(record.device, others_cpus=others.cpus()))
 
 
 def schedule(names: Sequence[str], lengths: Sequence[int], rounds: int, seed: int) -> Iterator[list[tuple[str, int]]]:
@@ -194,7 +198,7 @@ class _Run:
             command=self.request.command,
             commit=device.commit(),
             versions=device.versions(),
-            device=replace(self.device, load_after=device.load_average()),
+            device=self.device,
             bundle=self._bundle_facts(),
             plan=self._plan(),
             shape=shape,
@@ -307,18 +311,19 @@ class _Run:
             peak_bytes=entrant.ask("tell its memory")["peak"],
         )
         entrant.loads.append(load)
-        entrant.facts = Facts(**loaded["facts"])
+        entrant.facts = from_json(Facts, loaded["facts"], "facts")
         entrant.file_bytes = self._file_bytes(entrant)
 
     def _file_bytes(self, entrant: Entrant) -> int:
-        """What it reads from disk: the bundle's files for that engine and for all, or the files of the peer."""
+        """What it is made of: the bundle's files for that engine and for all, or the files of the peer."""
         if entrant.kind == PEER:
             return size_of(peers.PEERS[entrant.name].files, self.bundle.path, self.scratch)
         assert entrant.facts is not None
-        used = entrant.facts.used
-        entries = self.bundle.manifest.files.values()
-        own = [e for e in entries if e.engine is None or used == e.engine or used.startswith(f"{e.engine}-")]
-        return sum(entry.bytes for entry in own)
+        used, entries = entrant.facts.used, self.bundle.manifest.files.values()
+        needed = {used, None}
+        if used == INT8_ENGINE or used not in {entry.engine for entry in entries}:  # has no weights of its own
+            needed.add("onnx")
+        return sum(entry.bytes for entry in entries if entry.engine in needed)
 
     def _climb(self) -> None:
         """Peak memory after each length, shortest first."""
@@ -460,7 +465,6 @@ class _Run:
 
     def _result(self, entrant: Entrant, work: Sequence[Work], best: Limits) -> Result:
         assert entrant.facts is not None and entrant.memory is not None
-        facts = entrant.facts
         costs: dict[int, Work | None] = dict.fromkeys(self.lengths)
         costs |= {cost.tokens: cost for cost in work}
         lengths = []
@@ -468,18 +472,11 @@ class _Run:
             trials = tuple(entrant.trials[tokens])
             summary = summarize(trials, tokens, self.request.batch)
             lengths.append(Length(tokens, trials, summary, _share(summary, cost, best, self.request.batch)))
-        asked = facts.providers_asked
         return Result(
             name=entrant.name,
             kind=entrant.kind,
-            used=facts.used,
-            version=facts.version,
-            settings=facts.settings,
-            providers_asked=None if asked is None else tuple(asked),
-            providers_used=tuple(facts.providers_used),
+            **vars(entrant.facts),
             threads_asked=self.threads,
-            threads_used=facts.threads_used,
-            details=facts.details,
             file_bytes=entrant.file_bytes,
             loads=tuple(entrant.loads),
             memory=entrant.memory,

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edgeguard.files import read_or_none
+
 __all__ = ["peak_bytes", "private_bytes", "resident_bytes"]
 
 STATUS = Path("/proc/self/status")
@@ -44,10 +46,7 @@ def private_bytes() -> int | None:
 
 
 def _status(key: str) -> int | None:
-    try:
-        lines = STATUS.read_text().splitlines()
-    except OSError:
-        return None
+    lines = (read_or_none(STATUS) or "").splitlines()
     values = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
     return 1024 * int(values[0]) if values else None
 

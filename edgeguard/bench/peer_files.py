@@ -1,7 +1,7 @@
 """Files for the peers, made from a bundle's INT4 integers: GGUF without loss, floats by dequantizing.
 
-All but the plain graph need the conversion layer (``convert``), which is part of a checkout and not of the wheel. They
-are written into a folder of the run and gone with it.
+A GGUF is written by the conversion layer (``convert``), which is part of a checkout and not of the wheel. Files are
+written into a folder of the run and gone with it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from edgeguard.bundle import TOKENIZER_NAME, Bundle
 from edgeguard.errors import BundleError
 
 if TYPE_CHECKING:
-    from convert.export.onnx_graph import StudentConfig
     from edgeguard.engines.gguf_source import OnnxStudent
+    from edgeguard.engines.int4_weights import StudentConfig
 
 __all__ = ["FILES", "HEAD_BIAS", "PeerFiles", "prepare", "size_of"]
 
@@ -29,8 +29,8 @@ HEAD_BIAS = "head_bias.json"  # transformers' classification head has no bias; i
 SHARD_BYTES = 2**28
 GENAI_BUILDER = "onnxruntime_genai.models.builder"
 NEEDS = (
-    "{error}. Its files are written by the conversion layer (a checkout of edgeguard with 'pip install -e .[convert]') "
-    "and the library's own tools."
+    "{error}. Its files are written by the packages of the conversion layer (a checkout of edgeguard with "
+    "'pip install -e .[convert]') and the library's own tools."
 )
 
 
@@ -45,7 +45,7 @@ class PeerFiles:
 def prepare(files: str, bundle: Path, folder: Path, threads: int) -> None:
     """Make what the peers of the kind ``files`` read, unless it is in ``folder`` already.
 
-    Raises BenchError without the conversion layer, TranscodeError for a bundle that has no INT4 Llama.
+    Raises BenchError without the packages that write them, TranscodeError for a bundle that has no INT4 Llama.
     """
     kind = FILES[files]
     if kind.write is None:
@@ -83,7 +83,7 @@ def _write_gguf(bundle: Path, folder: Path, _: int) -> None:
 
 def _write_transformers(bundle: Path, folder: Path, _: int) -> None:
     """A float32 LlamaForSequenceClassification whose classes are the rows of the head."""
-    from convert.export.transcode import read_onnx
+    from edgeguard.engines.gguf_source import read_onnx
 
     source = Bundle.open(bundle, verify=False)
     student = read_onnx(source.file_for("onnx"))
@@ -135,7 +135,7 @@ def _write_shards(student: OnnxStudent, target: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from convert.quantize import Int4Weight
+    from edgeguard.engines.int4_weights import Int4Weight
 
     where: dict[str, str] = {}
     shard: dict[str, Any] = {}

@@ -6,7 +6,8 @@ head of K rows it does, since that is the cheaper way for it, and its margins ca
 llama.cpp and onnxruntime-genai know no other output than the vocabulary (the embedding again), which costs one row
 more.
 
-Every class says in ``settings`` how it is called. A library is imported when a peer is loaded, never before.
+A peer is data, and a function that loads it; ``settings`` says how it is called. A library is imported when its peer is
+loaded, never before.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import importlib
 import importlib.util
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,189 +32,179 @@ from edgeguard.bench.peer_files import FILES, HEAD_BIAS
 from edgeguard.bench.records import BenchError
 from edgeguard.bench.runners import Facts, Reading, Sample
 
-__all__ = ["PEERS", "Peer", "PeerRunner", "import_peer", "missing_package"]
+__all__ = ["PEERS", "Model", "Peer", "PeerRunner", "import_peer", "missing_package"]
 
 CPU = ("CPUExecutionProvider",)
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 
+class Model(NamedTuple):
+    """A model in memory.
+
+    ``logits``: ids [B, L] -> logits [B, ...] of the last token of every row. ``providers``: what it computes with,
+    where the library tells it, else what it was asked to.
+    """
+
+    logits: Callable[[Ids], Logits]
+    providers: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Peer:
-    """A library with the model loaded; one subclass a way to run it."""
+    """A library, and one way to run the weights in it.
 
-    package: ClassVar[str]  # as pip knows it
-    modules: ClassVar[tuple[str, ...]]  # imported before the model is loaded, and timed apart
-    files: ClassVar[str]  # what it reads, see peer_files.FILES
-    settings: ClassVar[str]
-    has_head: ClassVar[bool] = True  # its logits are the head's rows, without their bias where its files lack it
-    providers: ClassVar[tuple[str, ...]] = ("CPU",)  # what it is asked to compute with
+    ``package``: as pip knows it; ``modules``: imported before the model is loaded, and timed apart. ``files``: what it
+    reads, see :data:`edgeguard.bench.peer_files.FILES`. ``load``: (file or folder of the model, threads, tokens of the
+    longest text) -> the model. ``providers``: what it is asked to compute with. ``has_head``: its logits are the head's
+    rows, without their bias where its files lack it.
+    """
 
-    def __init__(self, model: Path, threads: int, longest: int) -> None:
-        """Load ``model`` (a file or folder) for texts of at most ``longest`` tokens."""
-        raise NotImplementedError
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """What it does compute with, where the library tells it."""
-        return self.providers
-
-    def logits(self, ids: Ids) -> Logits:
-        """Logits [B, ...] of the last token of every row of ``ids`` [B, L]."""
-        raise NotImplementedError
+    package: str
+    modules: tuple[str, ...]
+    files: str
+    settings: str
+    load: Callable[[Path, int, int], Model]
+    providers: tuple[str, ...] = CPU
+    has_head: bool = True
 
 
-class LlamaCpp(Peer):
-    """llama.cpp through llama-cpp-python."""
+def _llama_cpp(model: Path, threads: int, longest: int) -> Model:
+    """It reads one text at a time: a batch is one after the other."""
+    import llama_cpp
 
-    package, modules, files, has_head = "llama-cpp-python", ("llama_cpp",), "gguf", False
-    settings = (
-        "Llama(n_ctx, n_threads, n_threads_batch), Q4_0, all else as it comes; reset, eval, logits of the last token"
-    )
+    llama = llama_cpp.Llama(str(model), n_ctx=longest, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def __init__(self, model: Path, threads: int, longest: int) -> None:
-        """As people call it."""
-        import llama_cpp
-
-        self._library = llama_cpp
-        self._llama = llama_cpp.Llama(
-            str(model), n_ctx=longest, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-
-    def logits(self, ids: Ids) -> Logits:
-        """One row after the other: it reads one text at a time."""
-        return np.stack([self._row(row) for row in ids.tolist()])
-
-    def _row(self, ids: list[int]) -> Logits:
-        self._llama.reset()  # type: ignore[no-untyped-call, unused-ignore]
-        self._llama.eval(ids)
-        pointer = self._library.llama_get_logits_ith(self._llama.ctx, -1)
-        row = (ctypes.c_float * self._llama.n_vocab()).from_address(ctypes.addressof(pointer.contents))
+    def read(ids: list[int]) -> Logits:
+        llama.reset()  # type: ignore[no-untyped-call, unused-ignore]
+        llama.eval(ids)
+        pointer = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
+        row = (ctypes.c_float * llama.n_vocab()).from_address(ctypes.addressof(pointer.contents))
         return np.array(row, np.float32)
 
-
-class OnnxruntimeInt4(Peer):
-    """onnxruntime on the bundle's own graph."""
-
-    package, modules, files, providers = "onnxruntime", ("onnxruntime",), "onnx", CPU
-    settings = (
-        "InferenceSession on the INT4 graph as it is on disk (MatMulNBits), intra_op_num_threads, all else as it comes"
-    )
-
-    def __init__(self, model: Path, threads: int, longest: int) -> None:
-        """A plain session."""
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        self._session = onnxruntime.InferenceSession(str(model), options, providers=list(CPU))
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """The session's providers."""
-        return tuple(self._session.get_providers())
-
-    def logits(self, ids: Ids) -> Logits:
-        """One batch."""
-        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        logits: Logits = self._session.run(["logits"], feeds)[0]
-        return logits
+    return Model(lambda ids: np.stack([read(row) for row in ids.tolist()]), ("CPU",))
 
 
-class TransformersFp32(Peer):
-    """transformers in float32."""
+def _onnxruntime(model: Path, threads: int, _: int) -> Model:
+    import onnxruntime
 
-    package, modules, files = "transformers", ("torch", "transformers"), "transformers"
-    settings = "AutoModelForSequenceClassification, float32, SDPA attention, inference_mode, no KV cache"
-    dtype: ClassVar[str] = "float32"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(model), options, providers=list(CPU))
 
-    def __init__(self, model: Path, threads: int, longest: int) -> None:
-        """Weights are mapped from the file."""
-        import torch
-        from transformers import AutoModelForSequenceClassification
+    def logits(ids: Ids) -> Logits:
+        found: Logits = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
+        return found
 
-        torch.set_num_threads(threads)
-        self._torch = torch
-        made = AutoModelForSequenceClassification.from_pretrained(model, torch_dtype=getattr(torch, self.dtype))
-        self._model = made.eval()
-
-    def logits(self, ids: Ids) -> Logits:
-        """One batch."""
-        with self._torch.inference_mode():
-            found = self._model(input_ids=self._torch.from_numpy(ids), use_cache=False).logits
-        logits: Logits = found.float().numpy()
-        return logits
+    return Model(logits, session.get_providers())
 
 
-class TransformersBf16(TransformersFp32):
-    """transformers in bfloat16."""
+def _transformers(dtype: str, model: Path, threads: int, _: int) -> Model:
+    """Weights are mapped from the file."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
 
-    settings = "AutoModelForSequenceClassification, bfloat16, SDPA attention, inference_mode, no KV cache"
-    dtype = "bfloat16"
+    torch.set_num_threads(threads)
+    made = AutoModelForSequenceClassification.from_pretrained(model, torch_dtype=getattr(torch, dtype)).eval()
+
+    def logits(ids: Ids) -> Logits:
+        with torch.inference_mode():
+            found: Logits = made(input_ids=torch.from_numpy(ids), use_cache=False).logits.float().numpy()
+        return found
+
+    return Model(logits, ("CPU",))
 
 
-class OnnxruntimeGenai(Peer):
-    """onnxruntime-genai, on what its own builder makes."""
+def _onnxruntime_genai(model: Path, _: int, longest: int) -> Model:
+    """A generator a batch. Threads stand in the model's configuration, which was written with them."""
+    genai = importlib.import_module("onnxruntime_genai")
+    made = genai.Model(str(model))
 
-    package, modules, files, has_head = "onnxruntime-genai", ("onnxruntime_genai",), "genai", False
-    settings = "its builder's INT4 model for the CPU; a Generator a text, append_tokens, logits of the last token"
-    providers = CPU
-
-    def __init__(self, model: Path, threads: int, longest: int) -> None:
-        """Threads stand in its configuration, which was written with them."""
-        self._library = importlib.import_module("onnxruntime_genai")
-        self._model = self._library.Model(str(model))
-        self._longest = longest
-
-    def logits(self, ids: Ids) -> Logits:
-        """A generator a batch."""
-        params = self._library.GeneratorParams(self._model)
-        params.set_search_options(max_length=self._longest + 1, batch_size=len(ids))
-        generator = self._library.Generator(self._model, params)
+    def logits(ids: Ids) -> Logits:
+        params = genai.GeneratorParams(made)
+        params.set_search_options(max_length=longest + 1, batch_size=len(ids))
+        generator = genai.Generator(made, params)
         generator.append_tokens(ids.astype(np.int32))
-        logits: Logits = np.asarray(generator.get_output("logits"), np.float32)[:, -1]
-        return logits
+        found: Logits = np.asarray(generator.get_output("logits"), np.float32)[:, -1]
+        return found
+
+    return Model(logits, CPU)
 
 
-class OptimumOrt(Peer):
-    """optimum's ORTModel."""
+def _optimum(model: Path, threads: int, _: int) -> Model:
+    """A session of onnxruntime under transformers' interface."""
+    import onnxruntime
+    from optimum.onnxruntime import ORTModelForSequenceClassification
 
-    package, modules, files = "optimum-onnx", ("onnxruntime", "optimum.onnxruntime"), "optimum"
-    settings = (
-        "ORTModelForSequenceClassification on optimum's own export, float32, intra_op_num_threads, all else as it comes"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    made = ORTModelForSequenceClassification.from_pretrained(
+        model, provider=CPU[0], session_options=options, local_files_only=True
     )
-    providers = CPU
 
-    def __init__(self, model: Path, threads: int, longest: int) -> None:
-        """A session of onnxruntime under transformers' interface."""
-        import onnxruntime
-        from optimum.onnxruntime import ORTModelForSequenceClassification
+    def logits(ids: Ids) -> Logits:
+        found: Logits = made(input_ids=ids, attention_mask=np.ones_like(ids)).logits
+        return found
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        self._model = ORTModelForSequenceClassification.from_pretrained(
-            model, provider=CPU[0], session_options=options, local_files_only=True
-        )
+    return Model(logits, CPU)
 
-    def logits(self, ids: Ids) -> Logits:
-        """One batch."""
-        logits: Logits = self._model(input_ids=ids, attention_mask=np.ones_like(ids)).logits
-        return logits
+
+def _transformers_peer(dtype: str) -> Peer:
+    return Peer(
+        package="transformers",
+        modules=("torch", "transformers"),
+        files="transformers",
+        settings=f"AutoModelForSequenceClassification, {dtype}, SDPA attention, inference_mode, no KV cache",
+        load=partial(_transformers, dtype),
+        providers=("CPU",),
+    )
 
 
 # In the order of the tables; the first one that was measured is what ratios are against.
-PEERS: Mapping[str, type[Peer]] = MappingProxyType(
+PEERS: Mapping[str, Peer] = MappingProxyType(
     {
-        "llama-cpp-python": LlamaCpp,
-        "onnxruntime-int4": OnnxruntimeInt4,
-        "transformers-fp32": TransformersFp32,
-        "transformers-bf16": TransformersBf16,
-        "onnxruntime-genai": OnnxruntimeGenai,
-        "optimum-ort": OptimumOrt,
+        "llama-cpp-python": Peer(
+            package="llama-cpp-python",
+            modules=("llama_cpp",),
+            files="gguf",
+            settings="Llama(n_ctx, n_threads, n_threads_batch), Q4_0, all else as it comes; reset, eval, logits of the "
+            "last token",
+            load=_llama_cpp,
+            providers=("CPU",),
+            has_head=False,
+        ),
+        "onnxruntime-int4": Peer(
+            package="onnxruntime",
+            modules=("onnxruntime",),
+            files="onnx",
+            settings="InferenceSession on the INT4 graph as it is on disk (MatMulNBits), intra_op_num_threads, all "
+            "else as it comes",
+            load=_onnxruntime,
+        ),
+        "transformers-fp32": _transformers_peer("float32"),
+        "transformers-bf16": _transformers_peer("bfloat16"),
+        "onnxruntime-genai": Peer(
+            package="onnxruntime-genai",
+            modules=("onnxruntime_genai",),
+            files="genai",
+            settings="its builder's INT4 model for the CPU; a Generator a text, append_tokens, logits of the last "
+            "token",
+            load=_onnxruntime_genai,
+            has_head=False,
+        ),
+        "optimum-ort": Peer(
+            package="optimum-onnx",
+            modules=("onnxruntime", "optimum.onnxruntime"),
+            files="optimum",
+            settings="ORTModelForSequenceClassification on optimum's own export, float32, intra_op_num_threads, all "
+            "else as it comes",
+            load=_optimum,
+        ),
     }
 )
 
 
-def missing_package(peer: type[Peer]) -> str | None:
+def missing_package(peer: Peer) -> str | None:
     """Why ``peer`` cannot be run here; None when its library is installed. Imports nothing of it but its parents."""
     for module in peer.modules:
         try:
@@ -223,7 +216,7 @@ def missing_package(peer: type[Peer]) -> str | None:
     return None
 
 
-def import_peer(peer: type[Peer]) -> None:
+def import_peer(peer: Peer) -> None:
     """Import its library."""
     for module in peer.modules:
         importlib.import_module(module)
@@ -232,9 +225,10 @@ def import_peer(peer: type[Peer]) -> None:
 class PeerRunner:
     """A peer, as a worker holds it."""
 
-    def __init__(self, peer: type[Peer], bundle: Path, folder: Path, threads: int, longest: int) -> None:
+    def __init__(self, peer: Peer, bundle: Path, folder: Path, threads: int, longest: int) -> None:
         """Load the peer's model, prepared in ``folder`` from ``bundle``."""
-        self._peer = peer(FILES[peer.files].place(bundle, folder), threads, longest)
+        self._peer = peer
+        self._model = peer.load(FILES[peer.files].place(bundle, folder), threads, longest)
         bias = json.loads((folder / HEAD_BIAS).read_text()) if (folder / HEAD_BIAS).is_file() else None
         self._bias = 0.0 if bias is None or peer.files == "onnx" else bias[1] - bias[0]
         self.facts = Facts(
@@ -242,7 +236,7 @@ class PeerRunner:
             version=metadata.version(peer.package),
             settings=peer.settings,
             providers_asked=peer.providers,
-            providers_used=self._peer.used,
+            providers_used=tuple(self._model.providers),
             threads_used=threads,
             details={},
         )
@@ -251,7 +245,7 @@ class PeerRunner:
         """See :meth:`edgeguard.bench.runners.Runner.call`. Raises BenchError for a logit that is not finite."""
         ids = np.array([sample.ids for sample in samples], np.int64)
         start = time.perf_counter()
-        logits = self._peer.logits(ids)
+        logits = self._model.logits(ids)
         latency_ms = 1000 * (time.perf_counter() - start)
         if len(logits) != len(samples) or not np.isfinite(logits).all():
             raise BenchError(f"{self.facts.used} returned logits {logits.shape}, or one that is not finite.")

@@ -39,7 +39,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 ANSWER_WITHIN_S = 1800.0
 STOP_WITHIN_S = 5.0
 SIGKILL = 9  # Windows has no name for it
-QUOTED_LINES, QUOTED_CHARS = 4, 400
+QUOTED_CHARS = 400
 
 
 class Refused(BenchError):
@@ -127,8 +127,7 @@ class Worker:
             return f"{self.name}: its process answered {do!r} with something that is no answer. Nothing was recorded."
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         self._errors.seek(0)
-        lines = self._errors.read().decode("utf-8", "replace").split("\n")
-        words = " ".join(line.strip() for line in lines if line.strip() and line)[-QUOTED_CHARS:]
+        words = " ".join(self._errors.read().decode("utf-8", "replace").split())[-QUOTED_CHARS:]
         hint = " Too little memory is a usual reason: ask for fewer engines or peers." if code == -SIGKILL else ""
         return (
             f"{self.name}: its process ended while it was asked to {do} ({how}); nothing was recorded.{hint} "

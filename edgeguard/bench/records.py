@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 FORMAT = "edgeguard-bench"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 
 
@@ -103,8 +103,8 @@ class Device:
     """The machine.
 
     `cpus_allowed`: what affinity and container quota leave of `cpus_online`. `features`: instruction sets that matter
-    to products. `virtual`: a virtual machine. `load_before`, `load_after`: the 1-minute load average; more than the
-    threads used here means that the machine was not quiet.
+    to products. `virtual`: a virtual machine. `load_before`: the 1-minute load average. `others_cpus`: CPUs that other
+    processes (and a hypervisor, with other machines) kept busy while the run lasted, on average; 0 where it was quiet.
     """
 
     cpu: str
@@ -122,7 +122,7 @@ class Device:
     virtual: bool | None
     on_battery: bool | None
     load_before: float | None
-    load_after: float | None
+    others_cpus: float | None
 
 
 @dataclass(frozen=True)
@@ -317,8 +317,7 @@ class Turn:
     """A new turn on a conversation that was judged just before, and a conversation as long that was not.
 
     `tokens`: of the conversation with the new turn. Before the latter, the earlier messages of a third one are judged.
-    Only the new turn is timed, through `Guard.conversation` where there is one. `ratio`: median of `scratch_ms` /
-    median of `turn_ms`.
+    Only the new turn is timed, through `Guard.conversation`. `ratio`: median of `scratch_ms` / median of `turn_ms`.
     """
 
     conversation_tokens: int

@@ -131,13 +131,10 @@ class GuardRunner:
     def turn(self, sample: Sample) -> float:
         """Milliseconds of the last message of ``sample``, those before it having been judged one after the other.
 
-        Through ``Guard.conversation`` where this version of edgeguard has it, which need not read them again.
+        Through ``Guard.conversation``, which need not read them again.
         """
         *earlier, last = sample.messages
-        begin = getattr(self._guard, "conversation", None)
-        if begin is None:
-            return self.scratch(sample, sample)
-        conversation = begin()
+        conversation = self._guard.conversation()
         for role, text in earlier:
             conversation.classify(role, text)
         start = time.perf_counter()

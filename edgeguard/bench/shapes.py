@@ -8,55 +8,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from edgeguard.bench.records import BenchError
 from edgeguard.bundle import TOKENIZER_NAME, sha256_of
-from edgeguard.manifest import FORMAT, FORMAT_VERSION, MANIFEST_NAME
+from edgeguard.calibration import Calibration, Measured
+from edgeguard.engines.int4_weights import GROUP_SIZE, StudentConfig
+from edgeguard.engines.int8 import INT8_ENGINE
+from edgeguard.manifest import (
+    DEFAULT_OPERATING_POINT,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    OperatingPoint,
+    Provenance,
+    Quantization,
+    SelfTest,
+    SelfTestVector,
+)
 from edgeguard.prompt import ROLES, TARGETS, Template
 from edgeguard.taxonomy import HAZARDS, SAFE, UNSAFE
 
-if TYPE_CHECKING:
-    from convert.export.onnx_graph import StudentConfig
-    from convert.quantize import Int4Weight
-
-__all__ = ["SHAPES", "SHAPE_SEED", "UNTRAINED", "Shape", "shape_folder_name", "write_shape"]
+__all__ = ["SHAPES", "SHAPE_SEED", "UNTRAINED", "shape_folder_name", "write_shape"]
 
 UNTRAINED = "none: random weights"  # the base model of such a bundle
 SHAPE_SEED = 0  # one set of weights for everybody, whatever the seed of the texts
 SPECIAL_IDS = 8  # ids at the end of the vocabulary that no text yields: start and end of turns
-SLICE_ELEMENTS = 1 << 24  # of float32 at a time
 # Random logits: an engine that rounds otherwise moves a margin by as much as one unit. A broken one gives no number.
 SELF_TEST_TOLERANCE = 20.0
 SELF_TEST_TEXT = "How do I sharpen a kitchen knife?"
-WRITER_VERSION = 1  # of this file: another one does not use what an older one left in the cache
+WRITER_VERSION = 2  # of this file: another one does not use what an older one left in the cache
+HEAD = (SAFE, UNSAFE, *HAZARDS)
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama with a head of K rows, K being the labels of the taxonomy; named as in transformers."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
-    max_tokens: int
-    source: str
-
-
-SHAPES: Mapping[str, Shape] = MappingProxyType(
+SHAPES: Mapping[str, StudentConfig] = MappingProxyType(
     {
-        "llama-guard-3-1b-int4": Shape(
+        # Llama Guard 3-1B-INT4, arXiv 2411.17713
+        "llama-guard-3-1b-int4": StudentConfig(
             vocab_size=128256,
             hidden_size=2048,
             intermediate_size=6400,
@@ -64,11 +56,13 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
             num_heads=32,
             num_kv_heads=8,
             head_dim=64,
+            rms_norm_eps=1e-5,
             rope_theta=500_000.0,
             max_tokens=2048,
-            source="arXiv 2411.17713: Llama Guard 3-1B-INT4",
+            head_size=len(HEAD),
         ),
-        "tiny": Shape(
+        # Nobody's: to try the command in seconds
+        "tiny": StudentConfig(
             vocab_size=512,
             hidden_size=64,
             intermediate_size=96,
@@ -76,9 +70,10 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
             num_heads=4,
             num_kv_heads=2,
             head_dim=16,
+            rms_norm_eps=1e-5,
             rope_theta=10_000.0,
             max_tokens=128,
-            source="nobody's: to try the command in seconds",
+            head_size=len(HEAD),
         ),
     }
 )
@@ -90,64 +85,39 @@ def shape_folder_name(name: str, seed: int) -> str:
     return f"shape-{name}-{key}"
 
 
-def write_shape(name: str, shape: Shape, folder: Path, seed: int) -> None:
-    """Write an untrained bundle of ``shape`` into the empty ``folder``. The same seed gives the same weights.
+def write_shape(name: str, config: StudentConfig, folder: Path, seed: int) -> None:
+    """Write an untrained bundle of the shape ``config`` into the empty ``folder``; the same seed, the same weights.
 
-    One byte a weight is held in memory, and the file up to four times: below 4 GB for a 1B model. Raises BenchError
-    without the conversion layer.
+    It has the files of a trained one: INT4, and the graph and plan of INT8. One byte a weight is held in memory, and
+    the file up to four times: below 4 GB for a 1B model. Raises BenchError without the conversion layer, ParityError
+    when the INT8 graph computes something else.
     """
     try:
+        from convert.export.int8_graph import INT8_GRAPH, INT8_PLAN, export_int8
         from convert.export.onnx import run_onnx
-        from convert.export.onnx_graph import StudentConfig, build_guard_graph
-        from convert.export.shape_sizes import synthetic_tokenizer
+        from convert.export.shape_sizes import synthetic_tokenizer, write_untrained
     except ImportError as error:
         raise BenchError(
             f"the shape {name} is written by the conversion layer: run from a checkout of edgeguard, with "
             f"'pip install -e .[convert]' ({error})."
         ) from error
-    labels = [SAFE, UNSAFE, *HAZARDS]
-    config = StudentConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        rms_norm_eps=1e-5,
-        rope_theta=shape.rope_theta,
-        max_tokens=shape.max_tokens,
-        head_size=len(labels),
-    )
-    model = build_guard_graph(dict(_random_weights(config, seed)), config, labels=labels)
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    del model
-    tokenizer_json = synthetic_tokenizer(shape.vocab_size - SPECIAL_IDS, seed)
+    write_untrained(config, folder, seed, ["onnx"], HEAD)
+    tokenizer_json = synthetic_tokenizer(config.vocab_size - SPECIAL_IDS, seed)
     (folder / TOKENIZER_NAME).write_text(tokenizer_json, encoding="utf-8")
-    template = _template(shape.vocab_size)
-    ids = _self_test_ids(template, tokenizer_json, shape.max_tokens)
-    logits = run_onnx(folder / "model.onnx", np.array([ids]), np.ones((1, len(ids)), np.int64))[0]
-    manifest = _manifest(name, shape, template, labels, len(ids), float(logits[1] - logits[0]), folder)
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def _random_weights(config: StudentConfig, seed: int) -> Iterator[tuple[str, Int4Weight | np.ndarray]]:
-    """Normal weights whose outputs stay near 1, on the INT4 grid; norms of 1, as at the start of a training."""
-    from convert.quantize import Int4Weight, quantize_int4
-
-    rng = np.random.default_rng(seed)
-    for name, shape in config.shapes().items():
-        if len(shape) == 1:
-            yield name, np.zeros(shape, np.float32) if name == "head.bias" else np.ones(shape, np.float32)
-            continue
-        spread = np.float32(1.0 if name == "model.embed_tokens.weight" else shape[1] ** -0.5)
-        if name == "head.weight":
-            yield name, rng.standard_normal(shape, np.float32) * spread
-            continue
-        rows = max(1, SLICE_ELEMENTS // shape[1])
-        counts = [min(rows, shape[0] - start) for start in range(0, shape[0], rows)]
-        parts = [quantize_int4(rng.standard_normal((count, shape[1]), np.float32) * spread) for count in counts]
-        yield name, Int4Weight.stack(parts)
+    template = _template(config.vocab_size)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    ids = np.array([template.encode(tokenizer, [("user", SELF_TEST_TEXT)], config.max_tokens).ids], np.int64)
+    mask = np.ones_like(ids)
+    logits = run_onnx(folder / "model.onnx", ids, mask)
+    export_int8(folder / "model.onnx", logits, ids, mask, tolerance=SELF_TEST_TOLERANCE)
+    vector = SelfTestVector(SELF_TEST_TEXT, None, ids.size, float(logits[0, 1] - logits[0, 0]))
+    engines = {"model.onnx": "onnx", INT8_GRAPH: INT8_ENGINE, INT8_PLAN: None, TOKENIZER_NAME: None}
+    files = {
+        file: FileEntry(sha256_of(folder / file), (folder / file).stat().st_size, engine)
+        for file, engine in engines.items()
+    }
+    manifest = _manifest(name, config.max_tokens, template, vector, files)
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest.to_dict(), indent=1), encoding="utf-8")
 
 
 def _template(vocab_size: int) -> Template:
@@ -163,47 +133,26 @@ def _template(vocab_size: int) -> Template:
     )
 
 
-def _self_test_ids(template: Template, tokenizer_json: str, max_tokens: int) -> list[int]:
-    from tokenizers import Tokenizer
-
-    return template.encode(Tokenizer.from_str(tokenizer_json), [("user", SELF_TEST_TEXT)], max_tokens).ids
-
-
 def _manifest(
-    name: str, shape: Shape, template: Template, labels: list[str], tokens: int, margin: float, folder: Path
-) -> dict[str, Any]:
+    name: str, max_tokens: int, template: Template, vector: SelfTestVector, files: Mapping[str, FileEntry]
+) -> Manifest:
     """A manifest whose figures are empty where only training could fill them (it wants at least one row)."""
-    nothing = {"n": 1, "f1": None, "precision": None, "recall": None, "fpr": None}
-    thresholds = dict.fromkeys(TARGETS, 0.5)
-    point = {"thresholds": thresholds, "measured": dict.fromkeys(TARGETS, nothing)}
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "name": f"{name}-untrained",
-        "version": "0",
-        "license": "CC0-1.0",
-        "base_model": UNTRAINED,
-        "teacher": None,
-        "languages": ["en"],
-        "max_tokens": shape.max_tokens,
-        "template": template.to_dict(),
-        "head": labels,
-        "calibration": dict.fromkeys(TARGETS, {"temperature": 1.0, "bias": 0.0}),
-        "operating_points": {"balanced": point},
-        "files": {
-            file: {"sha256": sha256_of(folder / file), "bytes": (folder / file).stat().st_size, "engine": engine}
-            for file, engine in (("model.onnx", "onnx"), (TOKENIZER_NAME, None))
-        },
-        "quantization": {
-            "scheme": "int4-symmetric",
-            "grid": [-8, 7],
-            "group_size": 32,
-            "scale_dtype": "float16",
-            "embedding": True,
-        },
-        "self_test": {
-            "tolerance": SELF_TEST_TOLERANCE,
-            "vectors": [{"prompt": SELF_TEST_TEXT, "response": None, "tokens": tokens, "margin": margin}],
-        },
-        "provenance": dict.fromkeys(("recipe", "recipe_sha256", "data_sha256", "commit")),
-    }
+    nothing = Measured(n=1, f1=None, precision=None, recall=None, fpr=None)
+    point = OperatingPoint(dict.fromkeys(TARGETS, 0.5), dict.fromkeys(TARGETS, nothing))
+    return Manifest(
+        name=f"{name}-untrained",
+        version="0",
+        license="CC0-1.0",
+        base_model=UNTRAINED,
+        teacher=None,
+        languages=("en",),
+        max_tokens=max_tokens,
+        template=template,
+        head=HEAD,
+        calibration=dict.fromkeys(TARGETS, Calibration(temperature=1.0, bias=0.0)),
+        operating_points={DEFAULT_OPERATING_POINT: point},
+        files=files,
+        quantization=Quantization("int4-symmetric", (-8, 7), GROUP_SIZE, "float16", embedding=True),
+        self_test=SelfTest(SELF_TEST_TOLERANCE, (vector,)),
+        provenance=Provenance(recipe=None, recipe_sha256=None, data_sha256=None, commit=None),
+    )

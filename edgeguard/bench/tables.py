@@ -12,7 +12,7 @@ from edgeguard.bench.stats import median
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Table", "heading", "print_record", "print_tables", "tables_of", "to_markdown"]
+__all__ = ["Table", "heading", "print_record", "print_tables", "table_to_markdown", "tables_of", "to_markdown"]
 
 NONE = "-"  # not measured, or not told
 UNTRAINED_NOTE = "UNTRAINED: the weights are random. Speed, memory and size are real; the verdicts mean nothing."
@@ -40,8 +40,10 @@ def heading(record: Record) -> list[str]:
     lines.append(f"{cores}, RAM {ram}, governor {device.governor or NONE}, {device.system}{virtual}")
     lines.append(
         f"threads {plan.threads}, batch {plan.batch}, {plan.trials} trials a length after {plan.warmup} discarded, "
-        f"seed {plan.seed}, load average {_figure(device.load_before)} before and {_figure(device.load_after)} after"
+        f"seed {plan.seed}"
     )
+    before, others = _figure(device.load_before), _figure(device.others_cpus)
+    lines.append(f"load average {before} before the run, {others} CPUs busy with other work during it")
     known = ", ".join(f"{name} {version}" for name, version in record.versions.items() if version is not None)
     lines.append(f"{known}, commit {(record.commit or NONE)[:12]}, {record.created}")
     return lines
@@ -84,10 +86,14 @@ def to_markdown(record: Record) -> str:
     lines = [f"# {record.bundle.label}{_untrained(record)}", "", "```bash", record.command, "```", ""]
     lines += [f"- {line}" for line in heading(record)]
     for table in tables_of(record):
-        lines += ["", f"## {table.title}", "", _markdown_row(table.columns)]
-        lines.append(_markdown_row("---" if i < table.left else "---:" for i in range(len(table.columns))))
-        lines += [_markdown_row(row) for row in table.rows]
+        lines += table_to_markdown(table)
     return "\n".join(lines) + "\n"
+
+
+def table_to_markdown(table: Table) -> list[str]:
+    """Lines: a heading, then the table."""
+    alignment = _markdown_row("---" if i < table.left else "---:" for i in range(len(table.columns)))
+    return ["", f"## {table.title}", "", _markdown_row(table.columns), alignment, *map(_markdown_row, table.rows)]
 
 
 def _latencies(record: Record) -> Table:
@@ -196,27 +202,31 @@ def _sustained(record: Record) -> Table:
             rates = [window.tokens_per_s for window in sustain.windows]
             kept = NONE if sustain.kept is None else f"{sustain.kept:.0%}"
             figures = (_figure(median(sustain.latencies_ms)), f"{median(rates):,.0f}", f"{min(rates):,.0f}", kept)
-            rows.append((result.name, str(sustain.tokens), str(len(rates)), *figures))
-    columns = ("", "tokens", "seconds", "p50 ms", "tokens/s", "slowest second", "last quarter of first")
+            clocks = [window.mhz for window in sustain.windows if window.mhz is not None]
+            heats = [window.temperature_c for window in sustain.windows if window.temperature_c is not None]
+            sensors = (_figure(min(clocks, default=None)), _figure(max(heats, default=None)))
+            rows.append((result.name, str(sustain.tokens), str(len(rates)), *figures, *sensors))
+    columns = (
+        *("", "tokens", "seconds", "p50 ms", "tokens/s", "slowest second", "last quarter of first"),
+        *("slowest clock, MHz", "hottest sensor, °C"),
+    )
     return Table(f"Calls without pause{_untrained(record)}", columns, tuple(rows))
 
 
 def _agreement(record: Record) -> Table:
     """Do they compute the same? Margins of the same texts, against the first result that has them."""
     margins = {
-        result.name: {
-            (length.tokens, trial.round): trial.margin for length in result.lengths for trial in length.trials
-        }
+        result.name: [trial.margin for length in result.lengths for trial in length.trials if trial.margin is not None]
         for result in record.results
     }
-    known = {name: found for name, found in margins.items() if None not in found.values()}
-    reference, *others = known or {"": {}}
+    known = {name: found for name, found in margins.items() if found}  # a peer without our head has none
+    reference, *others = known or [""]
     rows = []
     for name in others:
-        differences = [abs((known[name][key] or 0) - (margin or 0)) for key, margin in known[reference].items()]
-        same = [(known[name][key] or 0) * (margin or 0) > 0 for key, margin in known[reference].items()]
-        mean = sum(differences) / len(differences)
-        rows.append((name, f"{mean:.4f}", f"{max(differences):.4f}", f"{sum(same) / len(same):.0%}"))
+        pairs = list(zip(known[reference], known[name], strict=True))
+        differences, same = [abs(a - b) for a, b in pairs], [a * b > 0 for a, b in pairs]
+        mean = sum(differences) / len(pairs)
+        rows.append((name, f"{mean:.4f}", f"{max(differences):.4f}", f"{sum(same) / len(pairs):.0%}"))
     columns = ("", "mean difference", "largest", "same sign")
     return Table(f"Margins (logits) against {reference}{_untrained(record)}", columns, tuple(rows))
 

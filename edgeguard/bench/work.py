@@ -9,7 +9,6 @@ multiply-accumulate (MAC) is two floating-point operations. Norms, RoPE and acti
 from __future__ import annotations
 
 import contextlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +51,22 @@ def bundle_shape(folder: Path) -> ModelShape | None:
 
 def onnx_shape(file: Path) -> ModelShape | None:
     """The shape of an INT4 graph as edgeguard writes it; None for another graph. ImportError without onnx."""
-    import onnx
+    from edgeguard.engines.gguf_source import TranscodeError, read_onnx
 
-    graph = onnx.load(file, load_external_data=False).graph
-    sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    heads = {node.name: _attribute(node, "num_heads") for node in graph.node if node.op_type == "RotaryEmbedding"}
-    layers = sum(re.fullmatch(r"layers\.\d+\.o\.int4", name) is not None for name in sizes)
-    last = f"layers.{layers - 1}.attention"
     try:
-        vocabulary, hidden = sizes["embedding.int4"]
-        return ModelShape(
-            layers=layers,
-            hidden_size=hidden,
-            intermediate_size=sizes["layers.0.mlp.gate_up.int4"][0] // 2,
-            heads=heads[f"{last}.query_rope/RotaryEmbedding"],
-            kv_heads=heads[f"{last}.key_rope/RotaryEmbedding"],
-            head_dim=2 * sizes["rope_cos"][1],
-            vocabulary=vocabulary,
-            head_size=sizes["head.bias"][0],
-        )
-    except (KeyError, ValueError):
+        config = read_onnx(file).config
+    except TranscodeError:
         return None
+    return ModelShape(
+        layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocabulary=config.vocab_size,
+        head_size=config.head_size,
+    )
 
 
 def gguf_shape(file: Path) -> ModelShape | None:
@@ -100,7 +94,3 @@ def gguf_shape(file: Path) -> ModelShape | None:
         )
     except KeyError:
         return None
-
-
-def _attribute(node: Any, name: str) -> int:  # noqa: ANN401 - a NodeProto
-    return next((attribute.i for attribute in node.attribute if attribute.name == name), 0)

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import click
 
 from edgeguard.cli.options import bundle_option, threads_option
 from edgeguard.cli.output import console, dump_json, emit_json, warn
+from edgeguard.files import write_whole
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -26,7 +27,7 @@ __all__ = ["bench_command"]
 
 STDOUT = "-"
 LINE_EVERY_S = 15.0
-QUIET_LOAD = 0.5  # of one CPU, over the minute before
+QUIET_CPUS = 0.2  # busy with other work
 
 
 def _lengths(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -112,11 +113,15 @@ def bench_command(
 
         require_matplotlib()
     _check_names(settings["engines"], settings["peers"], shape)
+    from edgeguard.bench.measure import measure
+
     with _leaving_tidily(), BenchProgress() as progress:
         request = _request(shape, progress, **settings)
-        record = _measure(request, progress)
-    if (record.device.load_before or 0) > QUIET_LOAD:
-        warn(f"the load average was {record.device.load_before:.1f} before the run: other work disturbed it.")
+        record = measure(request, progress)
+    device = record.device
+    busy = device.load_before if device.others_cpus is None else device.others_cpus
+    if busy is not None and busy > QUIET_CPUS:
+        warn(f"about {busy:.1f} CPUs were busy with other work, which disturbed the run: measure on a quiet machine.")
     _write(record, json_file, markdown_file, plot_file)
 
 
@@ -208,27 +213,21 @@ def _shape_bundle(shape: str, progress: BenchProgress) -> Path:
     return cached_folder(shape_folder_name(shape, SHAPE_SEED), write)
 
 
-def _measure(request: Request, progress: BenchProgress) -> Record:
-    from edgeguard.bench.measure import measure
-
-    return measure(request, progress)
-
-
 def _write(record: Record, json_file: str | None, markdown_file: str | None, plot_file: str | None) -> None:
     """All outputs; what can fail is made before the first of them is written."""
-    from edgeguard.bench.files import write_whole
     from edgeguard.bench.plot import draw
     from edgeguard.bench.records import record_to_json
     from edgeguard.bench.tables import print_record, to_markdown
 
-    png = None if plot_file is None else draw(record)
-    data = record_to_json(record)
+    data, outputs = record_to_json(record), {}
     if json_file is not None and json_file != STDOUT:
-        write_whole(Path(json_file), dump_json(data).encode() + b"\n")
+        outputs[json_file] = _json_line(data)
     if markdown_file is not None:
-        write_whole(Path(markdown_file), to_markdown(record).encode())
-    if plot_file is not None and png is not None:
-        write_whole(Path(plot_file), png)
+        outputs[markdown_file] = to_markdown(record).encode()
+    if plot_file is not None:
+        outputs[plot_file] = draw(record)
+    for file, content in outputs.items():
+        _write_bytes(file, content)
     if json_file == STDOUT:
         emit_json(data)
     else:
@@ -237,7 +236,6 @@ def _write(record: Record, json_file: str | None, markdown_file: str | None, plo
 
 def _compare(a: Path, b: Path, json_file: str | None) -> None:
     from edgeguard.bench.compare import compare, comparison_table
-    from edgeguard.bench.files import write_whole
     from edgeguard.bench.records import load_record
     from edgeguard.bench.tables import print_tables
 
@@ -250,8 +248,16 @@ def _compare(a: Path, b: Path, json_file: str | None) -> None:
         emit_json(found.to_json())
         return
     if json_file is not None:
-        write_whole(Path(json_file), dump_json(found.to_json()).encode() + b"\n")
+        _write_bytes(json_file, _json_line(found.to_json()))
     print_tables([comparison_table(found)], console())
+
+
+def _json_line(data: Mapping[str, Any]) -> bytes:
+    return dump_json(data).encode() + b"\n"
+
+
+def _write_bytes(file: str, content: bytes) -> None:
+    write_whole(Path(file), lambda part: part.write_bytes(content))
 
 
 class BenchProgress:

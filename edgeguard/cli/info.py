@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import click
@@ -34,42 +32,23 @@ def info_command(as_json: bool, **guard_settings: Any) -> None:  # noqa: ANN401 
 
     Exit codes: 0 fine, 1 the bundle cannot be used, 2 wrong usage.
     """  # noqa: D301 - click reads \b
-    info = {**load_guard(**guard_settings).info(), "versions": _versions(), "machine": _machine()}
+    from edgeguard.bench.device import versions
+
+    info = {**load_guard(**guard_settings).info(), "versions": versions(LIBRARIES), "machine": _machine()}
     if as_json:
         emit_json(info)
     else:
         _show(info)
 
 
-def _versions() -> dict[str, str | None]:
-    """Versions of edgeguard, Python and the libraries that matter to a verdict; None when not installed."""
-    from edgeguard import __version__
-
-    found: dict[str, str | None] = {"edgeguard": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def _machine() -> dict[str, str]:
+    from edgeguard.bench.device import cpu_name
+
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "architecture": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
     }
-
-
-def _cpu_name() -> str:
-    """The processor's own name where Linux tells it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "hardware"))]
-    return next((name for name in names if name), platform.processor() or platform.machine())
 
 
 def _show(info: Mapping[str, Any]) -> None:
