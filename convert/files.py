@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeguard import files
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -16,14 +18,9 @@ __all__ = ["read_json", "write_arrays", "write_json", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` on a temporary neighbour of ``path``, then move it into place in one step."""
+    """As :func:`edgeguard.files.write_whole`; the folder is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_whole(path, write)
 
 
 def write_json(path: Path, data: Any) -> None:  # noqa: ANN401

@@ -14,7 +14,7 @@ from convert.student import HEAD
 from edgeguard.bundle import sha256_of
 from edgeguard.engines.int8 import INT8_ENGINE
 from edgeguard.errors import EdgeguardError
-from edgeguard.manifest import FORMAT, FORMAT_VERSION
+from edgeguard.manifest import FORMAT, FORMAT_VERSION, INT4
 from edgeguard.prompt import Template
 
 __all__ = ["SELF_TEST_TEXTS", "commit_of", "make_manifest", "put_in_place"]
@@ -64,13 +64,7 @@ def make_manifest(
         "head": list(HEAD),
         **fitted,
         "files": files,
-        "quantization": {
-            "scheme": "int4-symmetric",
-            "grid": [-8, 7],
-            "group_size": 32,
-            "scale_dtype": "float16",
-            "embedding": True,
-        },
+        "quantization": INT4.to_dict(),
         "self_test": {"tolerance": SELF_TEST_TOLERANCE, "vectors": list(vectors)},
         "provenance": {
             "recipe": f"convert/recipes/{recipe.path.name}",

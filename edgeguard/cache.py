@@ -21,6 +21,7 @@ from pathlib import Path
 
 from edgeguard.bundle import sha256_of
 from edgeguard.errors import EngineError
+from edgeguard.files import write_whole
 
 __all__ = ["CACHE_VARIABLE", "cache_folder", "cached"]
 
@@ -60,18 +61,10 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
         return file
     try:
         _remove_abandoned(file)
-        handle, part_name = tempfile.mkstemp(dir=file.parent, prefix=f".{name}.", suffix=".part")
-        os.close(handle)
-        part = Path(part_name)
-        try:
-            make(part)
-            digest = sha256_of(part)
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(file, make)
         # After the file: killed in between, the next process finds a file without its sum, and makes it again.
-        part.write_text(digest, encoding="ascii")
-        part.replace(_sum_of(file))
+        digest = sha256_of(file)
+        write_whole(_sum_of(file), lambda part: part.write_text(digest, encoding="ascii"))
     except OSError as error:
         if _is_sound(file):  # another process was first, and has it open: Windows then refuses to replace it
             return file

@@ -172,7 +172,7 @@ class Guard:
         return Conversation(self, self._known_point(operating_point))
 
     def info(self) -> dict[str, Any]:
-        """What is loaded, JSON-ready: the manifest's facts, the engine, its providers and threads."""
+        """What is loaded, JSON-ready: the manifest's facts, the engine, its providers asked for and used, threads."""
         manifest = self._bundle.manifest.to_dict()
         del manifest["template"], manifest["self_test"]
         return {
@@ -183,6 +183,7 @@ class Guard:
             "engine": {
                 "name": self._engine.name,
                 "version": self._engine.version,
+                "providers_asked": list(self._engine.providers_asked),
                 "providers": list(self._engine.providers),
                 "threads": self._engine.threads,
                 "choice": None if self._choice is None else dict(self._choice),

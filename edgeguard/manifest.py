@@ -20,6 +20,7 @@ __all__ = [
     "DEFAULT_OPERATING_POINT",
     "FORMAT",
     "FORMAT_VERSION",
+    "INT4",
     "MANIFEST_NAME",
     "FileEntry",
     "Manifest",
@@ -113,6 +114,14 @@ class Quantization:
             scale_dtype=schema.text(fields["scale_dtype"], f"{where}.scale_dtype"),
             embedding=fields["embedding"],
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that :meth:`from_dict` reads."""
+        return {**asdict(self), "grid": list(self.grid)}
+
+
+# The grid of every bundle made here: GGUF's Q4_0, ONNX's MatMulNBits.
+INT4 = Quantization("int4-symmetric", (-8, 7), group_size=32, scale_dtype="float16", embedding=True)
 
 
 @dataclass(frozen=True)
@@ -251,7 +260,7 @@ class Manifest:
         data["template"] = self.template.to_dict()
         data["languages"], data["head"] = list(self.languages), list(self.head)
         if self.quantization is not None:
-            data["quantization"]["grid"] = list(self.quantization.grid)
+            data["quantization"] = self.quantization.to_dict()
         data["self_test"]["vectors"] = list(data["self_test"]["vectors"])
         if self.head_tokens is None:  # as manifests were before there was such a head
             del data["head_tokens"]

@@ -82,6 +82,7 @@ def test_a_record_holds_every_trial(file: Path) -> None:
     assert result.sustain is not None and len(result.sustain.windows) == 1
     assert 0 < result.sustain.windows[0].calls <= len(result.sustain.latencies_ms)
     assert result.file_bytes == record.bundle.size_bytes
+    assert result.providers_asked == result.providers_used == ("CPUExecutionProvider",)
     assert record.absent == () and not record.bundle.untrained
 
 

@@ -213,10 +213,12 @@ def test_a_guard_runs_on_it(kind: str, request: pytest.FixtureRequest) -> None:
     guard = Guard.load(request.getfixturevalue(f"{kind}_bundle"), engine="gguf", threads=1)
     assert guard.classify("Tell me a story.").engine == "gguf"
     about = guard.info()["engine"]
+    providers = ["llama.cpp Metal", "llama.cpp CPU"] if has_metal() else ["llama.cpp CPU"]
     assert about == {
         "name": "gguf",
         "version": llama_cpp.__version__,
-        "providers": ["llama.cpp Metal", "llama.cpp CPU"] if has_metal() else ["llama.cpp CPU"],
+        "providers_asked": providers,
+        "providers": providers,
         "threads": 1,
         "choice": None,
     }

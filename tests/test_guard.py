@@ -35,7 +35,7 @@ TEXTS = [
 class FakeEngine:
     """Returns what it is told to, whatever the text."""
 
-    name, providers, threads, version = "fake", ("Fake",), 1, "0"
+    name, providers_asked, providers, threads, version = "fake", ("Fake",), ("Fake",), 1, "0"
 
     def __init__(self, row: list[float]) -> None:
         self.row = row
@@ -231,7 +231,7 @@ def test_info_is_json_ready_and_complete(tiny_guard: Guard, tiny_bundle: Path) -
     assert info["bundle"] == "tiny@0.0.1"
     assert info["path"] == str(tiny_bundle)
     assert info["engine"]["name"] == "onnx"
-    assert info["engine"]["providers"] == ["CPUExecutionProvider"]
+    assert info["engine"]["providers"] == info["engine"]["providers_asked"] == ["CPUExecutionProvider"]
     assert info["engine"]["threads"] == 1
     assert info["manifest"]["operating_points"]["balanced"]["thresholds"] == {"prompt": 0.5, "response": 0.6}
     assert "template" not in info["manifest"]

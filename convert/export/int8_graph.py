@@ -71,7 +71,7 @@ def export_int8(
     for name, raw in written.items():
         write_whole(source.with_name(name), lambda path, raw=raw: path.write_bytes(raw))  # type: ignore[misc]
     try:
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory(dir=source.parent) as folder:  # on a disk: the system's own may be memory
             graph = Path(shutil.copy(source.with_name(INT8_GRAPH), folder))
             write_int8_weights(source.with_name(INT8_PLAN), Path(folder))
             logits = run_onnx(graph, sample_ids, sample_mask)

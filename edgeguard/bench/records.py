@@ -332,7 +332,8 @@ class Result:
     """One engine or peer.
 
     `kind`: engine (through Guard) or peer. `settings`: how a peer was called. `used`: what ran, as verdicts name it.
-    `details`: what the engine tells about itself. `providers_asked`: None when it does not tell.
+    `details`: what the engine tells about itself. `providers_asked`, `providers_used`: what was asked to compute, and
+    what did, where the library tells it.
     """
 
     name: str
@@ -340,7 +341,7 @@ class Result:
     used: str
     version: str
     settings: str | None
-    providers_asked: tuple[str, ...] | None
+    providers_asked: tuple[str, ...]
     providers_used: tuple[str, ...]
     threads_asked: int
     threads_used: int

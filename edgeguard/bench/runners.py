@@ -44,7 +44,7 @@ class Facts:
     used: str
     version: str
     settings: str | None
-    providers_asked: tuple[str, ...] | None
+    providers_asked: tuple[str, ...]
     providers_used: tuple[str, ...]
     threads_used: int
     details: Mapping[str, Any]
@@ -102,12 +102,11 @@ class GuardRunner:
         """Load the guard, self-test included. Raises what ``Guard.load`` raises."""
         self._guard = Guard.load(bundle, engine=engine, threads=threads)
         told = self._guard.info()["engine"]
-        asked = told.get("providers_asked")
         self.facts = Facts(
             used=told["name"],
             version=told["version"],
             settings=None,
-            providers_asked=None if asked is None else tuple(asked),
+            providers_asked=tuple(told["providers_asked"]),
             providers_used=tuple(told["providers"]),
             threads_used=told["threads"],
             details={key: value for key, value in told.items() if key not in KNOWN_FACTS},

@@ -18,16 +18,16 @@ from tokenizers import Tokenizer
 from edgeguard.bench.records import BenchError
 from edgeguard.bundle import TOKENIZER_NAME, sha256_of
 from edgeguard.calibration import Calibration, Measured
-from edgeguard.engines.int4_weights import GROUP_SIZE, StudentConfig
+from edgeguard.engines.int4_weights import StudentConfig
 from edgeguard.engines.int8 import INT8_ENGINE
 from edgeguard.manifest import (
     DEFAULT_OPERATING_POINT,
+    INT4,
     MANIFEST_NAME,
     FileEntry,
     Manifest,
     OperatingPoint,
     Provenance,
-    Quantization,
     SelfTest,
     SelfTestVector,
 )
@@ -152,7 +152,7 @@ def _manifest(
         calibration=dict.fromkeys(TARGETS, Calibration(temperature=1.0, bias=0.0)),
         operating_points={DEFAULT_OPERATING_POINT: point},
         files=files,
-        quantization=Quantization("int4-symmetric", (-8, 7), GROUP_SIZE, "float16", embedding=True),
+        quantization=INT4,
         self_test=SelfTest(SELF_TEST_TOLERANCE, (vector,)),
         provenance=Provenance(recipe=None, recipe_sha256=None, data_sha256=None, commit=None),
     )

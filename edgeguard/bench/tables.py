@@ -235,10 +235,10 @@ def _settings(record: Record) -> Table:
     """What ran, and how."""
     rows = []
     for result in record.results:
-        asked = NONE if result.providers_asked is None else ", ".join(result.providers_asked)
         details = ", ".join(f"{key} {value}" for key, value in result.details.items() if value is not None)
         threads = f"{result.threads_used} of {result.threads_asked} threads"
-        runs = f"{result.used} {result.version}; {', '.join(result.providers_used)} (asked: {asked}); {threads}"
+        used, asked = ", ".join(result.providers_used), ", ".join(result.providers_asked)
+        runs = f"{result.used} {result.version}; {used} (asked: {asked}); {threads}"
         how = result.settings or f"Guard.classify{f'; {details}' if details else ''}"
         rows.append((result.name, runs, how))
     return Table("Settings", ("", "runs", "how"), tuple(rows), left=3)

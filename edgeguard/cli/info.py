@@ -74,6 +74,7 @@ def _show(info: Mapping[str, Any]) -> None:
 
 def _facts(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     manifest, engine = info["manifest"], info["engine"]
+    asked = ", ".join(engine["providers_asked"])
     return [
         ("bundle", info["bundle"]),
         ("folder", info["path"]),
@@ -84,7 +85,7 @@ def _facts(info: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("languages", ", ".join(manifest["languages"])),
         ("max tokens", str(manifest["max_tokens"])),
         ("quantization", _quantization(manifest["quantization"])),
-        ("engine", f"{engine['name']} {engine['version']}, {', '.join(engine['providers'])}"),
+        ("engine", f"{engine['name']} {engine['version']}, {', '.join(engine['providers'])} (asked: {asked})"),
         ("chosen", _choice(engine["choice"])),
         ("threads", str(engine["threads"])),
         ("versions", ", ".join(f"{name} {version or NOT_MEASURED}" for name, version in info["versions"].items())),

@@ -27,8 +27,12 @@ class Engine(Protocol):
         """``onnx``, ``onnx-int8``: as in ``Verdict.engine``."""
 
     @property
+    def providers_asked(self) -> Sequence[str]:
+        """What was asked to compute, most preferred first: ``CPUExecutionProvider``."""
+
+    @property
     def providers(self) -> Sequence[str]:
-        """What computes, most preferred first: ``CPUExecutionProvider``."""
+        """What does compute, most preferred first."""
 
     @property
     def threads(self) -> int:

@@ -10,17 +10,16 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeguard.cache import cache_folder
 from edgeguard.errors import BundleError, EngineError
+from edgeguard.files import write_whole
 
 if TYPE_CHECKING:
     from edgeguard.bundle import Bundle
@@ -53,7 +52,7 @@ def choose_engine(
         return make(record["chosen"]), record
     engine, record = _measure(bundle, names, make)
     with suppress(OSError, EngineError):  # no cache: measured again the next time
-        _keep(cache_folder() / name, record)
+        write_whole(cache_folder() / name, lambda part: part.write_text(json.dumps(record), encoding="utf-8"))
     LOG.info("%s: chose the engine %s", bundle.label, record)
     return engine, record
 
@@ -102,10 +101,3 @@ def _key(bundle: Bundle, names: Sequence[str], threads: int | None) -> str:
     machine = (platform.node(), platform.machine(), platform.processor(), os.cpu_count())
     facts = (bundle.label, hashes, tuple(names), threads, versions, machine)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:KEY_DIGITS]
-
-
-def _keep(file: Path, record: dict[str, Any]) -> None:
-    handle, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(record, stream)
-    Path(part).replace(file)

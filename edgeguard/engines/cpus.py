@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from edgeguard.errors import EngineError
+from edgeguard.files import read_or_none
 
 __all__ = ["allowed_cpus", "choose_threads", "physical_cores"]
 
@@ -42,7 +43,7 @@ def physical_cores() -> int:
         return os.cpu_count() or 1
     cores = set()
     for cpu in os.sched_getaffinity(0):
-        siblings = _read(CPU_ROOT / f"cpu{cpu}" / "topology" / "thread_siblings_list")
+        siblings = read_or_none(CPU_ROOT / f"cpu{cpu}" / "topology" / "thread_siblings_list")
         cores.add(siblings or str(cpu))
     return max(1, len(cores))
 
@@ -50,7 +51,7 @@ def physical_cores() -> int:
 def _cgroup_folders() -> list[Path]:
     """Folders whose quota binds this process: its own groups and those above, cgroup v2 and v1."""
     folders = []
-    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
+    for line in (read_or_none(Path("/proc/self/cgroup")) or "").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
@@ -62,18 +63,11 @@ def _cgroup_folders() -> list[Path]:
 
 def _quota(folder: Path) -> float | None:
     """CPUs that a control group grants, None for no limit."""
-    both = (_read(folder / "cpu.max") or "").split()
+    both = (read_or_none(folder / "cpu.max") or "").split()
     if not both:
-        both = [_read(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
+        both = [read_or_none(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
     try:
         quota, period = float(both[0]), float(both[1])
     except (ValueError, IndexError):  # "max", or no such file
         return None
     return quota / period if quota > 0 and period > 0 else None
-
-
-def _read(file: Path) -> str | None:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return None

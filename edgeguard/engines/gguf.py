@@ -118,9 +118,14 @@ class GgufEngine:
         )
 
     @property
-    def providers(self) -> tuple[str, ...]:
-        """What computes, most preferred first."""
+    def providers_asked(self) -> tuple[str, ...]:
+        """What was asked to compute, most preferred first."""
         return ("llama.cpp Metal", "llama.cpp CPU") if self._metal else ("llama.cpp CPU",)
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The same: llama.cpp does not tell what it took."""
+        return self.providers_asked
 
     @property
     def version(self) -> str:

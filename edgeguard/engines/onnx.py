@@ -52,6 +52,8 @@ def empty_past(shapes: Mapping[str, tuple[int, int]], batch: int) -> dict[str, N
 class OnnxEngine:
     """An onnxruntime session. ``outputs``: K, the labels of the bundle's head; ``name``: of the engine."""
 
+    providers_asked = ("CPUExecutionProvider",)
+
     def __init__(
         self,
         file: Path,
@@ -76,7 +78,7 @@ class OnnxEngine:
             options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
         try:
             model = str(file) if weights is None else file.read_bytes()
-            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(model, options, providers=list(self.providers_asked))
         except Exception as error:  # onnxruntime's errors share no base but Exception
             raise EngineError(f"{file}: expected a model that onnxruntime loads, found {_first_line(error)}") from error
         self._check_graph(file)
