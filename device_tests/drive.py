@@ -6,8 +6,10 @@ holds is in README.md.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -144,19 +146,31 @@ def _rows(export: Export, source: Bundle, wanted: Wanted) -> _Rows:
 
 
 def _run_script(target: DeviceTarget, export: Export, job: Path, within_s: float) -> list[str]:
-    """Run it; returns how it failed, if it did."""
+    """Run it; returns how it failed, if it did. What it started ends with it."""
     command = [str(target.script), str(export.bundle.path.resolve()), str(job)]
-    environment = {**os.environ, "PYTHON": sys.executable}
+    log = job / "run.log"
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=within_s, check=False)
-    except subprocess.TimeoutExpired:
-        return [f"{target.script.name} did not end within {within_s:g} seconds"]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, "PYTHON": sys.executable},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
     except OSError as error:
         return [f"{target.script}: could not be started ({error.strerror})"]
-    if done.returncode == 0:
-        return []
-    words = " ".join(done.stderr.decode("utf-8", "replace").split())[-QUOTED_CHARS:]
-    return [f"{target.script.name} ended with exit code {done.returncode}: {words or 'no words'}"]
+    try:
+        code = process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        return [f"{target.script.name} did not end within {within_s:g} seconds"]
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # all of them are gone
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    words = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-QUOTED_CHARS:]
+    return [] if code == 0 else [f"{target.script.name} ended with exit code {code}: {words or 'no words'}"]
 
 
 def _collect(failures: list[str], get: Callable[[], Any]) -> Any:  # noqa: ANN401 - what ``get`` returns, or None

@@ -42,8 +42,8 @@ def tokenize(text):
 def margin_of(ids):
     """Token ids -> logit(unsafe) - logit(safe), from the last token's hidden state, or its logits."""
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), False)
-    batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(ids))(*ids), len(ids))
-    if llama_cpp.llama_decode(llm.ctx, batch):
+    tokens = (llama_cpp.llama_token * len(ids))(*ids)
+    if llama_cpp.llama_decode(llm.ctx, llama_cpp.llama_batch_get_one(tokens, len(ids))):
         raise RuntimeError("llama.cpp could not compute the text")
     if words is not None:
         logits = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
