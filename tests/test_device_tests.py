@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema  # type: ignore[import-untyped]
 import pytest
 from click.testing import CliRunner, Result
 from tiny import edit_manifest, refresh_files
 
 pytest.importorskip("onnx", reason="onnx is not installed: pip install 'edgeguard-runtime[test]'")
+jsonschema = pytest.importorskip("jsonschema")
 
 from export_support import read_lines, write_int4_bundle, write_lines  # noqa: E402
 
