@@ -205,8 +205,9 @@ def _tolerance(how: Target, manifest: Manifest) -> float:
 
 
 def _copy_files(source: Bundle, how: Target, folder: Path) -> None:
-    """The tokenizer, and the platform's code."""
-    shutil.copyfile(source.path / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+    """The tokenizer, where the target wrote none of its own, and the platform's code."""
+    if not (folder / TOKENIZER_NAME).exists():
+        shutil.copyfile(source.path / TOKENIZER_NAME, folder / TOKENIZER_NAME)
     for name in how.samples:
         shutil.copyfile(SAMPLES / name, folder / Path(name).name)
 

@@ -26,6 +26,7 @@ TARGETS: Mapping[str, str] = MappingProxyType(
     {
         "gguf": "INT4 (Q4_0) GGUF for llama.cpp: desktops, servers, apps that link it",
         "onnx": "INT4 ONNX for plain onnxruntime: desktops and servers, any of its languages",
+        "web": "INT4 ONNX for onnxruntime-web: a JavaScript module and a demo page",
     }
 )
 
@@ -53,12 +54,13 @@ class Check:
 class Target:
     """How an export is made and verified.
 
-    ``make``: (bundle, folder) -> file name -> engine of the manifest that runs it, None for other files; writes those
-    files into ``folder``. The bundle is verified, and its ``max_tokens`` is what was asked for. ``check``: (folder) ->
-    what was verified, with the target's own runtime; the folder then holds all but README.md and export.json. Both
-    raise an EdgeguardError: ExportError for what cannot be made here, ParityError for what does not reproduce the
-    golden vectors. ``samples``: files of ``samples/`` that are copied, as paths below it. ``packages``: distributions
-    whose versions the export notes. ``tolerance``: of the golden margins, in logits; None for the bundle's own.
+    ``make``: (bundle, folder) -> model file -> engine of the manifest that runs it, None where none does; writes those
+    files into ``folder``, and tokenizer.json where it must not be the bundle's own. The bundle is verified, and its
+    ``max_tokens`` is what was asked for. ``check``: (folder) -> what was verified, with the target's own runtime; the
+    folder then holds all but README.md and export.json. Both raise an EdgeguardError: ExportError for what cannot be
+    made here, ParityError for what does not reproduce the golden vectors. ``samples``: files of ``samples/`` that are
+    copied, as paths below it. ``packages``: distributions whose versions the export notes. ``tolerance``: of the golden
+    margins, in logits; None for the bundle's own.
     """
 
     name: str
