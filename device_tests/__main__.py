@@ -170,11 +170,14 @@ def _run(
     rows: int,
     seed: int,
     within_s: float,
+    keep: str | None,
 ) -> Record:
     if missing := missing_here(target):
         raise click.ClickException(f"{target.name} needs {', '.join(missing)}, which is not installed here.")
     if unit is not None and unit not in target.units:
         raise click.UsageError(f"{target.name} runs on {' or '.join(target.units)}, not on {unit}.")
+    if keep is not None and Path(keep).exists():
+        raise click.UsageError(f"--keep: {keep} exists already.")
     source = Bundle.open(default_bundle_path() if bundle is None else resolve_bundle(bundle))
     with _export(target, source, folder) as export:
         plan = Plan(
@@ -184,7 +187,9 @@ def _run(
             warmup=warmup,
             trials=trials,
         )
-        return run_on_device(target, export, source, Wanted(plan, rows, seed, within_s), _say)
+        return run_on_device(
+            target, export, source, Wanted(plan, rows, seed, within_s, None if keep is None else Path(keep)), _say
+        )
 
 
 @contextmanager

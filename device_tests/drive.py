@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,12 +53,16 @@ QUOTED_CHARS = 600
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to run: the plan for the device, ``rows`` public rows drawn by ``seed``; given up after ``within_s``."""
+    """What to run: the plan for the device, ``rows`` public rows drawn by ``seed``; given up after ``within_s``.
+
+    ``keep``: a new folder for the job with all that the device left there (a log, pictures), None for none.
+    """
 
     plan: Plan
     rows: int
     seed: int
     within_s: float
+    keep: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ def run_on_device(
         measured = _collect(failures, lambda: load_measured(job / "measured.json"))
         answered = _collect(failures, lambda: _judge_golden(golden, job, failures))
         agreement = _collect(failures, lambda: _judge_rows(rows, job, wanted.seed))
+        if wanted.keep is not None:
+            shutil.copytree(job, wanted.keep)
     return Record(
         format=FORMAT,
         schema_version=SCHEMA_VERSION,

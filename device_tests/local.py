@@ -15,7 +15,7 @@ from edgeguard.bench.device import describe_device, load_average, temperature_c
 from edgeguard.bench.memory import peak_bytes
 from edgeguard.export.golden import GOLDEN_NAME, read_golden
 
-__all__ = ["measure_here"]
+__all__ = ["conditions", "measure_here", "this_machine"]
 
 SUPPLIES = Path("/sys/class/power_supply")
 
@@ -34,7 +34,7 @@ def measure_here(
     after all timings; ``threads``: of the loaded ``check`` module.
     """
     plan = load_plan(job / "plan.json")
-    before = _conditions()
+    before = conditions()
     prepare(plan)
     sys.path.insert(0, str(export))
     start = time.perf_counter()
@@ -42,17 +42,8 @@ def measure_here(
     load_ms = 1000 * (time.perf_counter() - start)
     timings = tuple(_time(check.margin_of, _ids(export, tokens, check.manifest), plan) for tokens in plan.tokens)
     peak = peak_bytes()
-    facts = describe_device()
     measured = Measured(
-        device=Device(
-            name="local",
-            chip=facts.cpu,
-            architecture=facts.architecture,
-            system=facts.system,
-            ram_bytes=facts.ram_bytes,
-            emulated_by=None,
-            virtual=facts.virtual,
-        ),
+        device=this_machine("local"),
         runtime=runtime,
         runtime_version=metadata.version(runtime),
         threads=threads(check),
@@ -61,7 +52,7 @@ def measure_here(
         peak_bytes=peak,
         timings=timings,
         before=before,
-        after=_conditions(),
+        after=conditions(),
     )
     (job / "measured.json").write_bytes(to_json(measured))
 
@@ -84,7 +75,22 @@ def _time(margin_of: Callable[[list[int]], float], ids: list[int], plan: Plan) -
     return Timing(tokens=len(ids), warmup=plan.warmup, trials_ms=tuple(trials))
 
 
-def _conditions() -> Conditions:
+def this_machine(name: str) -> Device:
+    """What this machine is; ``name``: what ran on it."""
+    facts = describe_device()
+    return Device(
+        name=name,
+        chip=facts.cpu,
+        architecture=facts.architecture,
+        system=facts.system,
+        ram_bytes=facts.ram_bytes,
+        emulated_by=None,
+        virtual=facts.virtual,
+    )
+
+
+def conditions() -> Conditions:
+    """Of this machine, now."""
     return Conditions(load_average=load_average(), battery_percent=_battery(), temperature_c=temperature_c())
 
 

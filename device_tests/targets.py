@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ class DeviceTarget:
     """A folder with ``run.sh``.
 
     ``export``: the export target that it runs; ``kind``: of the devices that it runs on (local, adb or xcrun);
-    ``units``: of compute that can be asked for, the usual one first; ``modules``: Python packages that this machine
-    needs for it.
+    ``units``: of compute that can be asked for, the usual one first; ``modules``, ``programs``: Python packages
+    and programs that this machine needs for it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class DeviceTarget:
     kind: str
     units: tuple[str, ...]
     modules: tuple[str, ...]
+    programs: tuple[str, ...] = ()
 
     @property
     def script(self) -> Path:
@@ -42,6 +44,7 @@ TARGETS: Mapping[str, DeviceTarget] = MappingProxyType(
         for target in (
             DeviceTarget("onnx", "onnx", "local", ("cpu",), ("onnxruntime", "tokenizers")),
             DeviceTarget("gguf", "gguf", "local", ("cpu", "gpu"), ("llama_cpp", "gguf")),
+            DeviceTarget("web", "web", "local", ("cpu",), (), ("node",)),
         )
     }
 )
@@ -55,5 +58,6 @@ def find_target(name: str) -> DeviceTarget:
 
 
 def missing_here(target: DeviceTarget) -> list[str]:
-    """Python packages that the target needs on this machine and that are not installed."""
-    return [name for name in target.modules if importlib.util.find_spec(name) is None]
+    """Python packages and programs that the target needs on this machine and that are not installed."""
+    absent = [name for name in target.modules if importlib.util.find_spec(name) is None]
+    return absent + [name for name in target.programs if shutil.which(name) is None]

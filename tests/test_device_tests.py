@@ -29,10 +29,11 @@ from device_tests.devices import parse_adb, parse_xctrace  # noqa: E402
 from device_tests.drive import Wanted, run_on_device  # noqa: E402
 from device_tests.matrix import matrix  # noqa: E402
 from device_tests.records import Compute, DeviceTestError, Plan, Record, load_record, to_json  # noqa: E402
-from device_tests.targets import TARGETS, DeviceTarget  # noqa: E402
+from device_tests.targets import TARGETS, DeviceTarget, missing_here  # noqa: E402
 from edgeguard.bench.typed import json_schema  # noqa: E402
 from edgeguard.bundle import Bundle  # noqa: E402
 from edgeguard.export.make import Export, export_bundle, open_export  # noqa: E402
+from edgeguard.export.web import MODULES_VARIABLE  # noqa: E402
 
 QUICK = ("--tokens", "24,48,999", "--trials", "3", "--warmup", "1")
 PLAN = Plan(device=None, unit="cpu", tokens=(24,), warmup=1, trials=3)
@@ -68,6 +69,16 @@ def run_local(target: str, bundle: Path, results: Path, *args: str | Path) -> Re
     return device_tests("run", target, "--bundle", bundle, "--results", results, "--rows", "0", *QUICK, *args)
 
 
+def require(target: str) -> None:
+    """Skip where this machine lacks what the target needs."""
+    if missing := missing_here(TARGETS[target]):
+        pytest.skip(f"{target} needs {', '.join(missing)}")
+    if target == "web" and MODULES_VARIABLE not in os.environ:
+        pytest.skip(f"{MODULES_VARIABLE} names no folder with playwright-core")
+    if target == "web" and not (os.environ.get("CHROMIUM") or shutil.which("chromium")):
+        pytest.skip("Chromium is not installed")
+
+
 def only_record(results: Path) -> Record:
     (file,) = results.glob("*.json")
     jsonschema.validate(json.loads(file.read_text()), json.loads(records.SCHEMA_FILE.read_text()))
@@ -79,8 +90,7 @@ def only_record(results: Path) -> Record:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_run_on_this_machine(target: str, bundle: Path, export: Export, tmp_path: Path) -> None:
-    for module in TARGETS[target].modules:
-        pytest.importorskip(module, reason=f"{target} needs {module}")
+    require(target)
     ready = ("--export", export.bundle.path) if target == "onnx" else ()
     result = run_local(target, bundle, tmp_path / "results", *ready)
     assert result.exit_code == 0, result.output
