@@ -21,7 +21,7 @@ from edgeguard.errors import EdgeguardError
 __all__ = ["main"]
 
 # Command -> module; each module holds a click command of the same name.
-COMMANDS = {name: f"edgeguard.cli.{name}" for name in ("classify", "scan", "eval", "bench", "info", "verify")}
+COMMANDS = {name: f"edgeguard.cli.{name}" for name in ("classify", "scan", "eval", "bench", "info", "verify", "export")}
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 

@@ -1,0 +1,1 @@
+"""The target ``gguf`` on this machine."""

@@ -1,0 +1,1 @@
+"""The target ``web``, in headless Chromium on this machine."""
