@@ -19,10 +19,10 @@ from device_tests.drive import Wanted, run_on_device
 from device_tests.matrix import load_results, matrix
 from device_tests.records import Plan, Record, to_json
 from device_tests.targets import ROOT, TARGETS, DeviceTarget, find_target, missing_here
-from edgeguard.bench.files import write_whole
 from edgeguard.bundle import Bundle, default_bundle_path
 from edgeguard.errors import EdgeguardError
 from edgeguard.export.make import Export, export_bundle, open_export
+from edgeguard.files import write_whole
 from edgeguard.hub import resolve_bundle
 
 __all__ = ["main"]
@@ -127,7 +127,7 @@ def run_command(
     record = _run(find_target(target), lengths, trials, warmup, **rest)
     file = Path(results) / _file_name(record)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, to_json(record))
+    write_whole(file, lambda part: part.write_bytes(to_json(record)))
     print(matrix([record], SHOWN_TOKENS), end="")
     if record.agreement_skipped:
         click.echo(f"agreement was skipped: {record.agreement_skipped}", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from device_tests.records import Compute, Conditions, Device, Measured, Plan, Timing, load_plan, to_json
-from edgeguard.bench.device import describe_device, load_average, temperature_c
+from edgeguard.bench.device import describe_device, temperature_c
 from edgeguard.bench.memory import peak_bytes
 from edgeguard.export.golden import GOLDEN_NAME, read_golden
 
@@ -91,7 +92,8 @@ def this_machine(name: str) -> Device:
 
 def conditions() -> Conditions:
     """Of this machine, now."""
-    return Conditions(load_average=load_average(), battery_percent=_battery(), temperature_c=temperature_c())
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return Conditions(load_average=load, battery_percent=_battery(), temperature_c=temperature_c())
 
 
 def _battery() -> float | None:

@@ -13,7 +13,7 @@ from tiny import HEAD, VECTORS, edit_manifest, make_tokenizer, refresh_files, wr
 from convert.export.onnx_graph import build_guard_graph
 from convert.quantize import quantize_int4
 from edgeguard import Guard
-from edgeguard.engines.gguf_weights import Int4Weight, StudentConfig
+from edgeguard.engines.int4_weights import Int4Weight, StudentConfig
 
 __all__ = ["CONFIG", "MAX_TOKENS", "read_lines", "tiny_weights", "write_int4_bundle", "write_lines"]
 

@@ -207,7 +207,7 @@ def test_the_target_lies_between_the_teacher_and_the_start(recipe: Recipe, tmp_p
 def test_the_integers_of_gptq_ship_as_they_are(recipe: Recipe, world: dict[str, Path], tmp_path: Path) -> None:
     """Rounding GPTQ's values again would undo it: file, plan and torch must hold the integers that it chose."""
     from convert.export.transcode import read_onnx
-    from convert.quantize import quantize_int4, read_int4
+    from convert.quantize import Int4Weight, quantize_int4, read_int4
     from convert.student import Student
 
     text = world["recipe"].read_text()
@@ -224,8 +224,10 @@ def test_the_integers_of_gptq_ship_as_they_are(recipe: Recipe, world: dict[str, 
     values = Student.load(steps.gptq(chosen)).numpy_weights()
     moved = 0
     for name, weight in integers.items():
-        np.testing.assert_array_equal(exported[name].nibbles, weight.nibbles)
-        np.testing.assert_array_equal(exported[name].scales, weight.scales)
+        found = exported[name]
+        assert isinstance(found, Int4Weight)
+        np.testing.assert_array_equal(found.nibbles, weight.nibbles)
+        np.testing.assert_array_equal(found.scales, weight.scales)
         np.testing.assert_array_equal(weight.dequantize(), values[name])
         moved += int((quantize_int4(values[name]).nibbles != weight.nibbles).sum())
     assert moved > 0

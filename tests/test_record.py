@@ -277,7 +277,7 @@ def test_computing_in_int8_is_judged_with_the_shipped_calibration(
         ]
         for column in margins
     ]
-    assert found["agreement"] == pytest.approx(np.mean(np.equal(*flagged)))
+    assert found["agreement"] == pytest.approx(np.mean(np.equal(flagged[0], flagged[1])))
     true = sum(f and row.label == "unsafe" for f, row in zip(flagged[1], rows, strict=True) if row.set == "xstest")
     assert found["sets"]["xstest"]["points"]["balanced"]["recall"] == pytest.approx(true / 40)
     before = shipped.sets["xstest"]["points"]["balanced"]["f1"]

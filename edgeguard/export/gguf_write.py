@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgeguard.engines.gguf_file import ARCHITECTURE, GgufError, add_config, add_weights, finish
-from edgeguard.engines.gguf_weights import Int4Weight, StudentConfig, Weights
+from edgeguard.engines.int4_weights import Int4Weight, StudentConfig, Weights
 from edgeguard.errors import ParityError
 
 __all__ = ["add_tokenizer", "pre_tokenizer_name", "require_same_weights", "write_guard"]
