@@ -497,7 +497,8 @@ def test_answers_are_read_strictly(text: str, says: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Golden)])
 def test_golden_vectors_are_read_strictly(key: str, tmp_path: Path) -> None:
-    for value in ("?", []):
+    values: list[Any] = ["?", []]
+    for value in values:
         write_lines(tmp_path / "golden", [{**LINE.to_dict(), key: value}])
         with pytest.raises(BundleError, match=key):
             read_golden(tmp_path / "golden")

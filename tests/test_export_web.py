@@ -89,7 +89,7 @@ def test_javascript_encodes_as_python_does(tmp_path: Path) -> None:
         tmp_path,
     )
     for talk, limit, answer in zip(conversations, limits, found, strict=True):
-        wanted = TEMPLATE.encode(CodePoints(), as_messages(messages=talk), limit)  # type: ignore[arg-type]
+        wanted = TEMPLATE.encode(CodePoints(), as_messages(messages=talk), limit)
         assert answer == {"ids": wanted.ids, "target": wanted.target, "truncated": wanted.truncated}
     assert 20 < sum(answer["truncated"] for answer in found) < len(found) - 20
 
