@@ -89,6 +89,7 @@ def run_options(function: Any) -> Any:
         click.option("--device", metavar="ID", help="As `list` names it. Default: the only one."),
         click.option("--unit", type=click.Choice(["cpu", "gpu", "npu"]), help="Compute unit to ask for."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the rows."),
+        click.option("--keep", metavar="DIR", help="Keep the job there: plan, answers, log, pictures. A new folder."),
         click.option(
             "--within", "within_s", type=click.FloatRange(1), default=7200, show_default=True, help="Seconds."
         ),

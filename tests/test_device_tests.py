@@ -92,8 +92,9 @@ def only_record(results: Path) -> Record:
 def test_a_run_on_this_machine(target: str, bundle: Path, export: Export, tmp_path: Path) -> None:
     require(target)
     ready = ("--export", export.bundle.path) if target == "onnx" else ()
-    result = run_local(target, bundle, tmp_path / "results", *ready)
+    result = run_local(target, bundle, tmp_path / "results", *ready, "--keep", tmp_path / "job")
     assert result.exit_code == 0, result.output
+    assert {"plan.json", "measured.json", "run.log"} <= {file.name for file in (tmp_path / "job").iterdir()}
     record = only_record(tmp_path / "results")
     measured = record.measured
     assert (record.target, record.failures, record.fell_back) == (target, (), False)
@@ -370,6 +371,7 @@ def test_an_export_of_another_bundle_is_refused(bundle: Path, exported: Path, tm
         (["run", "abacus"], "'abacus' is not one of"),
         (["run", "onnx", "--unit", "npu"], "onnx runs on cpu, not on npu"),
         (["run", "onnx", "--tokens", "many"], "expected numbers of tokens"),
+        (["run", "onnx", "--keep", "."], "--keep: . exists already"),
         (["agreement", "onnx", "--rows", "0"], "is not in the range"),
     ],
 )
