@@ -278,6 +278,13 @@ def _append(name: str) -> Callable[[Path], None]:
     return change
 
 
+def _other_check(folder: Path) -> None:
+    facts = json.loads((folder / "export.json").read_text())
+    facts["check"]["verified"] = "all of it"
+    (folder / "export.json").write_text(json.dumps(facts))
+    refresh_files(folder)
+
+
 def _other_format(folder: Path) -> None:
     facts = json.loads((folder / "export.json").read_text())
     (folder / "export.json").write_text(json.dumps({**facts, "format_version": 2}))
@@ -290,6 +297,7 @@ def _other_format(folder: Path) -> None:
         (_append("golden.jsonl"), "expected .* bytes"),
         (_append("check.py"), "expected .* bytes"),
         (_other_format, "edgeguard-export of version 1"),
+        (_other_check, "verified: expected a list of texts"),
         (lambda folder: (folder / "rules.py").unlink(), "found nothing"),
     ],
 )

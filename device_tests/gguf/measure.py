@@ -47,7 +47,7 @@ def _compute(plan: Plan, _export: Path, _job: Path) -> Compute:
 
 
 def _threads(check: Any) -> int | None:  # noqa: ANN401 - the module check.py
-    return int(check.llm.n_threads)
+    return int(check.llm.n_threads_batch)
 
 
 if __name__ == "__main__":

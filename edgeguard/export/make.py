@@ -63,7 +63,6 @@ class ExportFacts:
             schema.fail(
                 where, f"{FACTS_FORMAT} of version {FACTS_VERSION}", [fields["format"], fields["format_version"]]
             )
-        check = schema.record(fields["check"], f"{where}: check", list(Check.__dataclass_fields__))
         texts = ("target", "bundle", "bundle_manifest_sha256", "reference_engine")
         return cls(
             **{name: schema.text(fields[name], f"{where}: {name}") for name in texts},
@@ -71,9 +70,7 @@ class ExportFacts:
             tolerance=schema.number(fields["tolerance"], f"{where}: tolerance", low=0, above=True),
             model_files=schema.texts(fields["model_files"], f"{where}: model_files"),
             versions=schema.objects(fields["versions"], f"{where}: versions"),
-            check=Check(
-                **{**check, "verified": tuple(check["verified"]), "not_verified": tuple(check["not_verified"])}
-            ),
+            check=Check.from_dict(fields["check"], f"{where}: check"),
         )
 
     def to_dict(self) -> dict[str, Any]:

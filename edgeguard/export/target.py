@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from edgeguard import schema
 from edgeguard.errors import EdgeguardError
 
 if TYPE_CHECKING:
@@ -48,6 +49,22 @@ class Check:
     runtime: str | None = None
     vectors: int = 0
     largest_difference: float | None = None
+
+    @classmethod
+    def from_dict(cls, data: object, where: str) -> Check:
+        """Read the object ``check`` of ``export.json``. Raises BundleError."""
+        fields = schema.record(data, where, list(cls.__dataclass_fields__))
+        for name in ("verified", "not_verified"):
+            if not isinstance(fields[name], list) or not all(isinstance(line, str) for line in fields[name]):
+                schema.fail(f"{where}: {name}", "a list of texts", fields[name])
+        largest = fields["largest_difference"]
+        return cls(
+            verified=tuple(fields["verified"]),
+            not_verified=tuple(fields["not_verified"]),
+            runtime=schema.optional_text(fields["runtime"], f"{where}: runtime"),
+            vectors=schema.integer(fields["vectors"], f"{where}: vectors", low=0, high=10**9),
+            largest_difference=None if largest is None else schema.number(largest, f"{where}: largest_difference"),
+        )
 
 
 @dataclass(frozen=True)
