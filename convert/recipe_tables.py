@@ -25,6 +25,7 @@ RATE = number(0, 1, above=True)
 SHARE = number(0, 1)
 WEIGHT = number(0)
 ABOVE_ZERO = number(0, above=True)
+SWITCH = Value("true or false", lambda v: isinstance(v, bool))
 GROUPS = whole(32, multiple_of=32)  # of weights that share a scale in INT4
 BESIDE = text(r"[^/\\]+\.toml", "the name of a recipe beside this one, ending in .toml")
 
@@ -258,7 +259,7 @@ RECIPE = Table(
         "teacher": TEACHER,
         "distill": DISTILL,
         "qat": QAT,
-        "gptq": Table(required={"every": COUNT}),
+        "gptq": Table(required={"every": COUNT}, optional={"rotate": SWITCH}),
         "shape": SHAPE,
     },
     rules=(_teacher_is_used, _start_is_named, _road_is_there, _something_learns),

@@ -4,11 +4,16 @@ A column of a matrix is multiplied by s, what it reads is divided by s: the prod
 better. s = max|x|^a / max|w|^(1 - a) of the column, over a sample of real rows (SmoothQuant, arXiv 2211.10438), here as
 a power of two, so that nothing is rounded by the move itself. The division costs nothing at run time: it goes into the
 norm's weights, or into the rows of the matrix before.
+
+How much to move differs: a matrix whose large columns end in few outputs takes what one that spreads them over all
+outputs does not. So each row's strength a is the one that rounds its products best on a sample, or none at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +27,7 @@ if TYPE_CHECKING:
     from convert.batches import Batch
     from convert.student import Student
 
-__all__ = ["input_magnitudes", "row_of", "smoothing_shifts"]
+__all__ = ["Inputs", "inputs_of", "row_of", "smoothing_shifts"]
 
 # What reads one and the same row: the norm's output before attention and before the MLP, and the gated product.
 READERS = {
@@ -32,18 +37,28 @@ READERS = {
 }
 # The norm that writes such a row.
 WRITERS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
-STRENGTH = 0.65  # a
+STRENGTHS = (0.35, 0.5, 0.65, 0.8)  # a
 LEAST = 1e-5
 LARGEST_SHIFT = 8  # of a column against the mean of its matrix
+SAMPLED = 128  # tokens of a batch
 
 
-def input_magnitudes(student: Student, batches: Iterable[Batch]) -> dict[str, NDArray[np.float32]]:
-    """The largest magnitude of each input channel, float32 [K], of every ``layers.I.KIND`` (see ``READERS``)."""
-    found: dict[str, torch.Tensor] = {}
+@dataclass(frozen=True)
+class Inputs:
+    """What matrices read: ``largest`` float32 [K], each channel's largest magnitude; ``sample`` float32 [tokens, K]."""
+
+    largest: NDArray[np.float32]
+    sample: NDArray[np.float32]
+
+
+def inputs_of(student: Student, batches: Iterable[Batch]) -> dict[str, Inputs]:
+    """What the matrices of every ``layers.I.KIND`` (see ``READERS``) read of ``batches``, padding left out."""
+    found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def keep(name: str, x: torch.Tensor, mask: torch.Tensor) -> None:
-        largest = x.detach()[mask.bool()].abs().amax(0).float()
-        found[name] = torch.maximum(found[name], largest) if name in found else largest
+        tokens = x.detach()[mask.bool()].float().cpu()
+        chosen = torch.linspace(0, len(tokens) - 1, min(len(tokens), SAMPLED)).long()
+        found.setdefault(name, []).append((tokens.abs().amax(0), tokens[chosen]))
 
     student.eval()
     device = next(student.parameters()).device
@@ -61,22 +76,43 @@ def input_magnitudes(student: Student, batches: Iterable[Batch]) -> dict[str, ND
             student(batch.ids, batch.mask)
         for hook in hooks:
             hook.remove()
-    return {name: largest.cpu().numpy() for name, largest in found.items()}
+    return {
+        name: Inputs(torch.stack([p[0] for p in parts]).amax(0).numpy(), torch.cat([p[1] for p in parts]).numpy())
+        for name, parts in found.items()
+    }
 
 
-def smoothing_shifts(magnitudes: Mapping[str, NDArray[np.float32]], weights: Weights) -> dict[str, NDArray[np.int8]]:
+def smoothing_shifts(inputs: Mapping[str, Inputs], weights: Weights) -> dict[str, NDArray[np.int8]]:
     """Exponents int8 [K] of two, by ``layers.I.KIND``: what each column is multiplied by."""
     shifts = {}
-    for name, activations in magnitudes.items():
+    for name, read in inputs.items():
         _, index, kind = name.split(".")
-        columns = [as_int4(weights[f"model.layers.{index}.{reader}.weight"]).dequantize() for reader in READERS[kind]]
-        largest = np.max([np.abs(values).max(axis=0) for values in columns], axis=0)
-        wanted = STRENGTH * np.log2(np.maximum(activations, LEAST)) - (1 - STRENGTH) * np.log2(
-            np.maximum(largest, LEAST)
-        )
-        shift = np.rint(wanted - wanted.mean())
-        shifts[name] = shift.clip(-LARGEST_SHIFT, LARGEST_SHIFT).astype(np.int8)
+        readers = [as_int4(weights[f"model.layers.{index}.{reader}.weight"]).dequantize() for reader in READERS[kind]]
+        matrix = np.concatenate(readers)
+        candidates = [_shift(read.largest, np.abs(matrix).max(axis=0), strength) for strength in STRENGTHS]
+        candidates.insert(0, np.zeros_like(candidates[0]))
+        shifts[name] = min(candidates, key=partial(_squared_error, read.sample, matrix))
     return shifts
+
+
+def _shift(activations: NDArray[np.float32], columns: NDArray[np.float32], strength: float) -> NDArray[np.int8]:
+    """The exponents that ``strength`` asks for, from the largest magnitude of each channel and of each column."""
+    wanted = strength * np.log2(np.maximum(activations, LEAST)) - (1 - strength) * np.log2(np.maximum(columns, LEAST))
+    shift: NDArray[np.int8] = np.rint(wanted - wanted.mean()).clip(-LARGEST_SHIFT, LARGEST_SHIFT).astype(np.int8)
+    return shift
+
+
+def _squared_error(rows: NDArray[np.float32], matrix: NDArray[np.float32], shift: NDArray[np.int8]) -> float:
+    """Of ``rows @ matrix.T`` when both sides are rounded to INT8 after the move."""
+    power = np.ldexp(np.float32(1), shift)
+    return float(np.square(_int8(rows / power) @ _int8(matrix * power).T - rows @ matrix.T).sum())
+
+
+def _int8(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Values float32 [N, K] rounded to INT8 with one scale a row."""
+    scale = np.maximum(np.abs(values).max(axis=1, keepdims=True) / 127, np.finfo(np.float32).tiny)
+    rounded: NDArray[np.float32] = np.rint(values / scale) * scale
+    return rounded
 
 
 def row_of(name: str) -> str:

@@ -84,6 +84,7 @@ seed = 2
 
 [gptq]
 every = 8
+rotate = true
 
 [export]
 also = ["gguf", "standard"]

@@ -214,7 +214,7 @@ def test_the_integers_of_gptq_ship_as_they_are(recipe: Recipe, world: dict[str, 
     start = text.index("[qat]")
     without_qat = text[:start] + text[text.index("\n[", start) + 1 :]
     (tmp_path / "gptq.toml").write_text(without_qat.replace("[export]\n", '[export]\nroad = "gptq"\n'))
-    for step in ("corpus", "train", "gptq", "smoothing", "student", "teacher"):
+    for step in ("corpus", "train", "gptq", "student", "teacher"):
         shutil.copytree(recipe.build / step, tmp_path / "build" / step)
     for name in ("scores.jsonl", "scores.done.json"):
         shutil.copy(recipe.build / name, tmp_path / "build" / name)

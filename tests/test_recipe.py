@@ -109,6 +109,7 @@ def test_every_kind_of_teacher_loads(tmp_path: Path, text: str, table: str) -> N
         ),
         ("tolerance = 0.5", "tolerance = -1", "[export] tolerance: expected a number from 0, found -1."),
         ("every = 8", "every = 0", "[gptq] every: expected a whole number from 1, found 0."),
+        ("rotate = true", "rotate = 1", "[gptq] rotate: expected true or false, found 1."),
         (
             'compare = ["tiny_test"]',
             'compare = ["tiny"]',
@@ -130,17 +131,29 @@ def test_every_kind_of_teacher_loads(tmp_path: Path, text: str, table: str) -> N
             "freeze_layers = 3",
             "[teacher.train] freeze_layers: expected at most 2, found 3 of 3 layers.",
         ),
-        ("[gptq]\nevery = 8", "[gptq]\nlike = 'right.toml'\nevery = 8", "tiny.toml: [gptq] every: no such key"),
         (
-            "[gptq]\nevery = 8",
+            "[gptq]\nevery = 8\nrotate = true",
+            "[gptq]\nlike = 'right.toml'\nevery = 8",
+            "tiny.toml: [gptq] every: no such key",
+        ),
+        (
+            "[gptq]\nevery = 8\nrotate = true",
             "[gptq]\nlike = 3",
             "tiny.toml: [gptq] like: expected the name of a recipe beside this",
         ),
-        ("[gptq]\nevery = 8", "[gptq]\nlike = 'none.toml'", "no recipe at "),
-        ("[export]", "[export]\nroad = 'rounding'", "[export] road: expected one of qat, gptq, found 'rounding'."),
-        ("[gptq]\nevery = 8\n\n[export]", "[export]\nroad = 'gptq'", "road to INT4 of [export], gptq, needs a table"),
+        ("[gptq]\nevery = 8\nrotate = true", "[gptq]\nlike = 'none.toml'", "no recipe at "),
         (
-            "[gptq]\nevery = 8",
+            "[export]",
+            "[export]\nroad = 'rounding'",
+            "[export] road: expected one of qat, gptq, found 'rounding'.",
+        ),
+        (
+            "[gptq]\nevery = 8\nrotate = true\n\n[export]",
+            "[export]\nroad = 'gptq'",
+            "of [export], gptq, needs a table [gptq].",
+        ),
+        (
+            "[gptq]\nevery = 8\nrotate = true",
             "[shape]\nlike = 'right.toml'",
             "[shape] like: expected a recipe with [shape], found right",
         ),
@@ -183,6 +196,13 @@ def test_a_teacher_is_asked_for_and_used(tmp_path: Path, text: str) -> None:
     assert load(tmp_path, re.sub("teacher_sets = .*", "", none)).teacher == {}
 
 
+def test_the_road_that_ships_needs_its_table(tmp_path: Path, text: str) -> None:
+    without = re.sub(r"\[qat\].*?(?=\[gptq\])", "", text, flags=re.DOTALL)
+    with pytest.raises(RecipeError, match=r"the road to INT4 of \[export\], qat, needs a table \[qat\]"):
+        load(tmp_path, without)
+    assert load(tmp_path, changed(without, "[export]", "[export]\nroad = 'gptq'")).road == "gptq"
+
+
 def test_every_fault_is_told_with_its_file(tmp_path: Path, text: str) -> None:
     wrong = changed(changed(text, "judged = 400", "judged = 0"), "samples = 20", "samples = 2.5")
     with pytest.raises(RecipeError) as caught:
@@ -193,12 +213,12 @@ def test_every_fault_is_told_with_its_file(tmp_path: Path, text: str) -> None:
     ]
     (tmp_path / "other.toml").write_text(changed(text, "every = 8", "evry = 8"))
     with pytest.raises(RecipeError, match=r"other\.toml: \[gptq\] every is missing"):
-        load(tmp_path, changed(text, "every = 8", 'like = "other.toml"'))
+        load(tmp_path, changed(text, "every = 8\nrotate = true", 'like = "other.toml"'))
 
 
 def test_a_table_like_another_is_that_one(tmp_path: Path, text: str) -> None:
-    alike = changed(text, "every = 8", 'like = "right.toml"')
-    assert load(tmp_path, alike).gptq == {"every": 8}
+    alike = changed(text, "every = 8\nrotate = true", 'like = "right.toml"')
+    assert load(tmp_path, alike).gptq == {"every": 8, "rotate": True}
 
 
 def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:

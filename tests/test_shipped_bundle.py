@@ -22,12 +22,6 @@ def guard() -> Guard:
     return Guard.load()
 
 
-def _report() -> dict[str, dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]]:
-    report: dict[str, dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]]
-    report = json.loads((BUNDLE / "report.json").read_text())["stages"]["student-int4-onnx"]
-    return report
-
-
 def test_it_is_at_most_60_megabytes() -> None:
     assert sum(path.stat().st_size for path in BUNDLE.rglob("*") if path.is_file()) <= 60_000_000
 
@@ -107,14 +101,18 @@ def test_the_card_and_the_readme_say_what_the_report_says() -> None:
 
 @pytest.mark.shared_data
 @pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not on this machine")
+@pytest.mark.parametrize("engine", ["onnx", "onnx-int8"])
 @pytest.mark.parametrize("name", ["xstest", "simplesafetytests", "xstest_response"])
-def test_the_reported_figures_are_measured_again(guard: Guard, name: str) -> None:
+def test_the_reported_figures_are_measured_again(name: str, engine: str) -> None:
+    guard = Guard.load(engine=engine)
     path = DATA / "test" / f"{name}.jsonl.gz"
     rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().split("\n") if line]
     items = [{"prompt": r["prompt"], "response": r["response"] if r["target"] == "response" else None} for r in rows]
     flagged = np.array([verdict.unsafe for verdict in guard.classify_many(items)])
     unsafe = np.array([r["label"] == "unsafe" for r in rows])
-    entry = _report()["sets"][name]["points"]["balanced"]
-    assert flagged[unsafe].mean() == pytest.approx(entry["recall"], abs=0.02)
+    report = json.loads((BUNDLE / "report.json").read_text())
+    sets = report["int8"]["sets"] if engine == "onnx-int8" else report["stages"]["student-int4-onnx"]["sets"]
+    entry = sets[name]["points"]["balanced"]
+    assert flagged[unsafe].mean() == pytest.approx(entry["recall"], abs=0.025)
     if (~unsafe).any():
-        assert flagged[~unsafe].mean() == pytest.approx(entry["fpr"], abs=0.02)
+        assert flagged[~unsafe].mean() == pytest.approx(entry["fpr"], abs=0.025)

@@ -12,7 +12,7 @@ from convert import fake_quant  # noqa: E402
 from convert.batches import Batch, Example, collate  # noqa: E402
 from convert.quantize import quantize_int4  # noqa: E402
 from convert.smoke import llama_config  # noqa: E402
-from convert.smoothing import input_magnitudes, row_of, smoothing_shifts  # noqa: E402
+from convert.smoothing import Inputs, inputs_of, row_of, smoothing_shifts  # noqa: E402
 from convert.student import Student  # noqa: E402
 
 
@@ -28,8 +28,8 @@ def _batch(*lengths: int) -> Batch:
     return collate(rows, 0)
 
 
-def test_magnitudes_are_those_of_real_tokens(student: Student) -> None:
-    found = input_magnitudes(student, [_batch(3, 9), _batch(5)])
+def test_inputs_are_those_of_real_tokens(student: Student) -> None:
+    found = inputs_of(student, [_batch(3, 9), _batch(5)])
     layers = range(student.model.config.num_hidden_layers)
     assert set(found) == {f"layers.{i}.{kind}" for i in layers for kind in ("attention", "mlp", "down")}
     batch = _batch(3, 9)
@@ -38,29 +38,47 @@ def test_magnitudes_are_those_of_real_tokens(student: Student) -> None:
     with torch.inference_mode():
         student(batch.ids, batch.mask)
     hook.remove()
-    real = seen[0][batch.mask.bool()].abs().amax(0).numpy()
-    assert (found["layers.1.down"] >= real).all() and found["layers.1.down"].shape == (96,)
-    assert input_magnitudes(student, [batch])["layers.1.down"] == pytest.approx(real)
+    real = seen[0][batch.mask.bool()].numpy()
+    both = found["layers.1.down"]
+    assert (both.largest >= np.abs(real).max(0)).all() and both.sample.shape == (3 + 9 + 5, 96)
+    alone = inputs_of(student, [batch])["layers.1.down"]
+    assert alone.largest == pytest.approx(np.abs(real).max(0))
+    assert alone.sample == pytest.approx(real)
     assert not student.model.layers[0].mlp.down_proj._forward_pre_hooks
 
 
-def test_an_outlier_channel_is_moved_into_the_weights(student: Student) -> None:
-    weights = student.numpy_weights()
-    magnitudes = {"layers.0.down": np.ones(96, np.float32)}
-    magnitudes["layers.0.down"][7] = 300.0
-    shift = smoothing_shifts(magnitudes, weights)["layers.0.down"]
-    assert shift.dtype == np.int8 and shift[7] >= 4 and np.abs(np.delete(shift, 7)).max() <= 2
+def _reads(outlier: float) -> Inputs:
     x = np.random.default_rng(1).normal(0, 0.5, (50, 96)).astype(np.float32)
-    x[:, 7] = 300.0
+    x[:, 7] *= outlier
+    return Inputs(np.abs(x).max(0), x)
+
+
+def _error(read: Inputs, weight: np.ndarray, shift: np.ndarray) -> float:
+    power = np.ldexp(np.float32(1), shift)
+    rows, columns = read.sample / power, weight * power
+    row, column = np.abs(rows).max(1, keepdims=True) / 127, np.abs(columns).max(1, keepdims=True) / 127
+    product = (np.rint(rows / row) * row) @ (np.rint(columns / column) * column).T
+    return float(np.abs(product - read.sample @ weight.T).mean())
+
+
+def test_an_outlier_channel_is_moved_into_the_weights(student: Student) -> None:
+    weights, read = student.numpy_weights(), _reads(300.0)
+    shift = smoothing_shifts({"layers.0.down": read}, weights)["layers.0.down"]
+    assert shift.dtype == np.int8 and shift[7] >= 3 and np.abs(np.delete(shift, 7)).max() <= 2
     weight = quantize_int4(weights["model.layers.0.mlp.down_proj.weight"]).dequantize()
+    assert _error(read, weight, shift) < _error(read, weight, np.zeros(96, np.int8)) / 2
 
-    def error(power: np.ndarray) -> float:
-        rows, columns = x / power, weight * power
-        row, column = np.abs(rows).max(1, keepdims=True) / 127, np.abs(columns).max(1, keepdims=True) / 127
-        product = (np.rint(rows / row) * row) @ (np.rint(columns / column) * column).T
-        return float(np.abs(product - x @ weight.T).mean())
 
-    assert error(np.ldexp(np.float32(1), shift)) < error(np.ones(96, np.float32)) / 3
+def test_a_move_is_never_worse_than_none(student: Student) -> None:
+    """Here every other column is small, and every output reads large and small ones."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    rng = np.random.default_rng(2)
+    weight = rng.normal(0, 1, (64, 96)).astype(np.float32) * np.where(np.arange(96) % 2, 0.02, 1.0)
+    read = _reads(1.0)
+    shift = smoothing_shifts({"layers.0.down": read}, {**student.numpy_weights(), name: weight.astype(np.float32)})
+    rounded = quantize_int4(weight.astype(np.float32)).dequantize()
+    chosen, none = (_error(read, rounded, s) for s in (shift["layers.0.down"], np.zeros(96, np.int8)))
+    assert chosen <= none
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ INTEGERS = "int4.npz"
 
 
 def gptq(recipe: Recipe) -> Path:
-    """Step ``gptq``: the float32 student rounded with GPTQ; its values, and in ``int4.npz`` its integers."""
+    """Step ``gptq``: the float32 student, turned or as it is, rounded with GPTQ; and ``int4.npz``, its integers."""
     from convert.gptq import gptq as round_with_gptq
     from convert.gptq import load_int4
+    from convert.rotate import rotate_residual
     from convert.student import Student
 
     folder, source = recipe.build / "gptq", trimmed_base(recipe)
@@ -28,6 +29,8 @@ def gptq(recipe: Recipe) -> Path:
     if recipe.gptq and not is_made(folder / "student.safetensors", inputs, folder):
         rows = read_examples(recipe, "train", recipe.train["max_tokens"], source)[:: recipe.gptq["every"]]
         student = Student.load(train(recipe))
+        if recipe.gptq.get("rotate"):
+            rotate_residual(student)
         integers = round_with_gptq(student, sample_batches(rows, source))
         write_int4(folder / INTEGERS, integers)
         load_int4(student, integers).save(folder)
@@ -56,7 +59,7 @@ def export(recipe: Recipe) -> Path:
             about={"name": recipe.name, "version": recipe.version, "license": recipe.license},
             also=recipe.export.get("also", []),
             tolerance=recipe.export["tolerance"],
-            shifts=smoothing(recipe),
+            shifts=smoothing(recipe, source),
             integers=read_int4(source / INTEGERS) if recipe.road == "gptq" else {},
         )
         write_json(record, {"tolerance": recipe.export["tolerance"], **figures})

@@ -77,9 +77,9 @@ def measure(recipe: Recipe, tests: dict[str, list[Row]], held_back: list[Row]) -
 
 
 def stages(recipe: Recipe, tests: Mapping[str, Sequence[Row]]) -> list[Stage | TeacherStage]:
-    """What is measured: the shipped file, what it came from where F1 is defined, and what ``compare`` asks for.
+    """What is measured: the shipped file, in INT8 compute as well, and what it came from, where F1 is defined.
 
-    That is INT8 compute, which ships too and is measured everywhere, and the other roads and containers, on its sets.
+    On the sets that ``compare`` names also the roads to INT4 and the other containers; and the teacher where it judged.
     """
     from convert.export.containers import FILES
     from convert.export.int8_graph import INT8_GRAPH
@@ -90,10 +90,10 @@ def stages(recipe: Recipe, tests: Mapping[str, Sequence[Row]]) -> list[Stage | T
     some, shipped = tuple(recipe.evaluate.get("compare", ())), export(recipe)
     measured: list[Stage | TeacherStage] = [
         onnx_stage(SHIPPED, shipped, pad_id),
+        int8_stage(INT8, shipped.with_name(INT8_GRAPH), pad_id),
         torch_stage(REFERENCE, train(recipe), pad_id, _of_both_classes(tests)),
     ]
     if some:
-        measured.append(int8_stage(INT8, shipped.with_name(INT8_GRAPH), pad_id))
         measured += _roads(recipe, some).values()
     also = recipe.export.get("also", []) if some else []
     if "gguf" in also and importlib.util.find_spec("llama_cpp"):
@@ -117,9 +117,8 @@ def _roads(recipe: Recipe, sets: tuple[str, ...] | None = None) -> dict[str, Sta
 
     pad_id = text_side(trimmed_base(recipe))[0].pad_id
     found = {"rounding": int4_stage(ROADS["rounding"], train(recipe), pad_id, sets)}
-    if (
-        recipe.gptq
-    ):  # its values are on the grid already, and not where rounding would put them: they are run as they are
+    # GPTQ's values are on the grid already, and not where rounding would put them: they are run as they are.
+    if recipe.gptq:
         found["gptq"] = torch_stage(ROADS["gptq"], gptq(recipe), pad_id, sets)
     if recipe.qat:
         found["qat"] = int4_stage(ROADS["qat"], qat(recipe), pad_id, sets)

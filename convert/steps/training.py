@@ -103,7 +103,7 @@ def qat(recipe: Recipe) -> Path:
     inputs = {"qat": recipe.qat, "student_sha256": sha256_of(train(recipe) / "student.safetensors")}
     if recipe.qat and not is_made(folder / "final" / "student.safetensors", inputs, folder):
         target, pupil = Student.load(train(recipe)), Student.load(train(recipe))
-        enable_qat(pupil.model, shifts=smoothing(recipe))
+        enable_qat(pupil.model, shifts=smoothing(recipe, train(recipe)))
         table = {
             "head_learning_rate": recipe.qat["learning_rate"],
             **recipe.qat,
@@ -121,17 +121,17 @@ def qat(recipe: Recipe) -> Path:
     return folder / "final"
 
 
-def smoothing(recipe: Recipe) -> dict[str, np.ndarray]:
-    """How the rows that INT8 rounds are smoothed: measured on the float32 student once, kept in a folder of its own."""
-    from convert.smoothing import input_magnitudes, smoothing_shifts
+def smoothing(recipe: Recipe, source: Path) -> dict[str, np.ndarray]:
+    """How the rows that INT8 rounds are smoothed: measured once on the student in ``source``, and kept there."""
+    from convert.smoothing import inputs_of, smoothing_shifts
     from convert.student import Student
 
-    folder, source = recipe.build / "smoothing", trimmed_base(recipe)
-    kept, inputs = folder / "shifts.npz", {"student_sha256": sha256_of(train(recipe) / "student.safetensors")}
+    folder, inputs = source / "smoothing", {"student_sha256": sha256_of(source / "student.safetensors")}
+    kept = folder / "shifts.npz"
     if not is_made(kept, inputs, folder):
-        target = Student.load(train(recipe))
-        rows = spread(read_examples(recipe, "train", recipe.train["max_tokens"], source), SMOOTHING_ROWS)
-        shifts = smoothing_shifts(input_magnitudes(target, sample_batches(rows, source)), target.numpy_weights())
+        student, base = Student.load(source), trimmed_base(recipe)
+        rows = spread(read_examples(recipe, "train", recipe.train["max_tokens"], base), SMOOTHING_ROWS)
+        shifts = smoothing_shifts(inputs_of(student, sample_batches(rows, base)), student.numpy_weights())
         write_arrays(kept, **shifts)
     with np.load(kept) as stored:
         return {name: stored[name] for name in stored.files}
