@@ -113,7 +113,7 @@ def run_on_device(
         model=Model(
             bundle=export.facts.bundle,
             manifest_sha256=sha256_of(export.bundle.path / MANIFEST_NAME),
-            size_bytes=export.model_bytes,
+            size_bytes=_size(target, export),
             max_tokens=export.facts.max_tokens,
             reference_engine=export.facts.reference_engine,
         ),
@@ -134,11 +134,21 @@ def _check_export(target: DeviceTarget, export: Export, source: Bundle) -> None:
         raise DeviceTestError(
             f"{export.bundle.path}: expected an export for {target.export}, found one for {facts.target}."
         )
+    if target.model is not None and target.model not in facts.model_files:
+        raise DeviceTestError(
+            f"{export.bundle.path}: expected {target.model}, found {', '.join(facts.model_files)}. Export again where "
+            "its packages are installed; the export's README.md names them."
+        )
     if facts.bundle_manifest_sha256 != sha256_of(source.path / MANIFEST_NAME):
         raise DeviceTestError(
             f"{export.bundle.path}: was made from another bundle ({facts.bundle}) than {source.path} ({source.label}). "
             "Pass that one with --bundle, or export again."
         )
+
+
+def _size(target: DeviceTarget, export: Export) -> int:
+    """Of what the device's runtime loads."""
+    return export.model_bytes if target.model is None else export.bundle.manifest.files[target.model].bytes
 
 
 def _rows(export: Export, source: Bundle, wanted: Wanted) -> _Rows:

@@ -16,7 +16,7 @@ from edgeguard.bench.device import describe_device, temperature_c
 from edgeguard.bench.memory import peak_bytes
 from edgeguard.export.golden import GOLDEN_NAME, read_golden
 
-__all__ = ["conditions", "measure_here", "this_machine"]
+__all__ = ["conditions", "measure_here", "this_machine", "timed_ids"]
 
 SUPPLIES = Path("/sys/class/power_supply")
 
@@ -28,8 +28,9 @@ def measure_here(
     prepare: Callable[[Plan], None],
     compute: Callable[[Plan, Path, Path], Compute],
     threads: Callable[[Any], int | None],
+    module: str = "check",
 ) -> None:
-    """Time ``check.py`` of the export as the plan of ``job`` asks, and write ``measured.json``.
+    """Time ``check.py`` of the export as the plan of ``job`` asks, or another ``module``, and write ``measured.json``.
 
     ``runtime``: its distribution; ``prepare`` is called before the runtime is loaded; ``compute`` tells what computed,
     after all timings; ``threads``: of the loaded ``check`` module.
@@ -39,9 +40,9 @@ def measure_here(
     prepare(plan)
     sys.path.insert(0, str(export))
     start = time.perf_counter()
-    check = importlib.import_module("check")
+    check = importlib.import_module(module)
     load_ms = 1000 * (time.perf_counter() - start)
-    timings = tuple(_time(check.margin_of, _ids(export, tokens, check.manifest), plan) for tokens in plan.tokens)
+    timings = tuple(_time(check.margin_of, timed_ids(export, tokens, check.manifest), plan) for tokens in plan.tokens)
     peak = peak_bytes()
     measured = Measured(
         device=this_machine("local"),
@@ -58,7 +59,7 @@ def measure_here(
     (job / "measured.json").write_bytes(to_json(measured))
 
 
-def _ids(export: Path, tokens: int, manifest: dict[str, Any]) -> list[int]:
+def timed_ids(export: Path, tokens: int, manifest: dict[str, Any]) -> list[int]:
     """Exactly so many token ids: those of the longest golden prompt, its middle left out."""
     ids = max((line.ids for line in read_golden(export / GOLDEN_NAME) if line.target == "prompt"), key=len)
     template = manifest["template"]

@@ -22,7 +22,7 @@ class DeviceTarget:
 
     ``export``: the export target that it runs; ``kind``: of the devices that it runs on (local, adb or xcrun);
     ``units``: of compute that can be asked for, the usual one first; ``modules``, ``programs``: Python packages
-    and programs that this machine needs for it.
+    and programs that this machine needs for it; ``model``: the file that it runs, of an export that has several.
     """
 
     name: str
@@ -31,6 +31,7 @@ class DeviceTarget:
     units: tuple[str, ...]
     modules: tuple[str, ...]
     programs: tuple[str, ...] = ()
+    model: str | None = None
 
     @property
     def script(self) -> Path:
@@ -44,7 +45,11 @@ TARGETS: Mapping[str, DeviceTarget] = MappingProxyType(
         for target in (
             DeviceTarget("onnx", "onnx", "local", ("cpu",), ("onnxruntime", "tokenizers")),
             DeviceTarget("gguf", "gguf", "local", ("cpu", "gpu"), ("llama_cpp", "gguf")),
+            DeviceTarget("android", "android", "adb", ("cpu",), (), model="model.onnx"),
+            DeviceTarget("executorch", "android", "local", ("cpu",), ("executorch", "tokenizers"), model="model.pte"),
+            DeviceTarget("ios", "ios", "xcrun", ("npu", "gpu", "cpu"), (), model="model.mlpackage.zip"),
             DeviceTarget("web", "web", "local", ("cpu",), (), ("node",)),
+            DeviceTarget("qnn", "qnn", "local", ("npu", "cpu"), ("onnxruntime_qnn", "tokenizers")),
         )
     }
 )

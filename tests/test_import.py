@@ -23,6 +23,19 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     assert found.stdout == "[]\n"
 
 
+def test_numpy_comes_with_the_guard() -> None:
+    code = "import sys, edgeguard; print('numpy' in sys.modules, edgeguard.Guard.__name__, 'numpy' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(edgeguard.__file__).parents[1])}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert found.stdout == "False Guard True\n"
+
+
+def test_a_name_that_is_not_there_is_refused() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Gaurd'"):
+        edgeguard.Gaurd  # noqa: B018
+    assert set(edgeguard.__all__) <= set(dir(edgeguard))
+
+
 def test_public_names_exist() -> None:
     assert all(hasattr(edgeguard, name) for name in edgeguard.__all__)
     assert issubclass(edgeguard.BundleError, edgeguard.EdgeguardError)

@@ -13,6 +13,7 @@ from edgeguard.export.target import TARGETS
 
 if TYPE_CHECKING:
     from edgeguard.export.make import Export
+    from edgeguard.prompt import Message
 
 __all__ = ["export_command"]
 
@@ -26,6 +27,29 @@ def _free_folder(ctx: click.Context, param: click.Parameter, value: str) -> Path
     if not is_free(Path(value)):
         raise click.BadParameter(f"{value} exists and is not empty. Name a new folder, or remove it.", ctx, param)
     return Path(value)
+
+
+def _conversations(ctx: click.Context, param: click.Parameter, value: str | None) -> list[list[Message]]:
+    """The rows of a file as messages; a row that cannot be read is refused."""
+    from edgeguard.cli.rows import RowFile
+    from edgeguard.errors import InputError
+    from edgeguard.prompt import as_messages
+
+    if value is None:
+        return []
+    found = []
+    try:
+        with RowFile(value) as rows:
+            for row in rows:
+                try:
+                    found.append(as_messages(**row.item()))
+                except InputError as error:
+                    raise click.BadParameter(f"{value}: line {row.line}: {error}", ctx, param) from error
+    except (OSError, InputError) as error:
+        raise click.BadParameter(f"{value}: {error}", ctx, param) from error
+    if not found:
+        raise click.BadParameter(f"{value}: no rows in it.", ctx, param)
+    return found
 
 
 @click.command(
@@ -46,6 +70,7 @@ def _free_folder(ctx: click.Context, param: click.Parameter, value: str) -> Path
     edgeguard export --target onnx -o guard-onnx && python guard-onnx/check.py
     edgeguard export --target gguf --max-tokens 256 -o guard-gguf
     edgeguard export --target gguf --bundle ./my-bundle -o guard-gguf --json
+    edgeguard export --target qnn --calibration texts.jsonl -o guard-qnn
 
     Exit codes: 0 written, 1 it cannot be made or does not reproduce the bundle (nothing is written), 2 wrong usage.
     """,
@@ -59,6 +84,12 @@ def _free_folder(ctx: click.Context, param: click.Parameter, value: str) -> Path
     help="Longest text, template included: less memory on the device. Default, and at most: the bundle's.",
 )
 @click.option(
+    "--calibration",
+    metavar="FILE",
+    callback=_conversations,
+    help="qnn: JSON Lines with the fields of `edgeguard scan`, added to the golden texts for ranges of activations.",
+)
+@click.option(
     "-o",
     "--output",
     metavar="DIR",
@@ -67,14 +98,28 @@ def _free_folder(ctx: click.Context, param: click.Parameter, value: str) -> Path
     help="Folder to write; it must not exist yet.",
 )
 @json_option
-def export_command(target: str, bundle: str | None, max_tokens: int | None, output: Path, as_json: bool) -> None:
+def export_command(
+    target: str,
+    bundle: str | None,
+    max_tokens: int | None,
+    calibration: list[list[Message]],
+    output: Path,
+    as_json: bool,
+) -> None:
     """See the decorator: the list of targets is part of the help."""
     from edgeguard.bundle import default_bundle_path
     from edgeguard.export.make import export_bundle
     from edgeguard.hub import resolve_bundle
 
     folder = default_bundle_path() if bundle is None else resolve_bundle(bundle)
-    made = export_bundle(target, folder, output, max_tokens=max_tokens, say=lambda line: click.echo(line, err=True))
+    made = export_bundle(
+        target,
+        folder,
+        output,
+        max_tokens=max_tokens,
+        calibration=calibration,
+        say=lambda line: click.echo(line, err=True),
+    )
     for line in made.facts.check.not_verified:
         warn(f"not verified: {line}")
     if as_json:

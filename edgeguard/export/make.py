@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,7 +26,7 @@ from edgeguard.export.golden import GOLDEN_NAME, golden_conversations, golden_li
 from edgeguard.export.target import SAMPLES, Check, ExportError, Target, load_target
 from edgeguard.guard import Guard
 from edgeguard.manifest import MANIFEST_NAME, FileEntry, Manifest
-from edgeguard.prompt import as_messages
+from edgeguard.prompt import Message, as_messages
 
 __all__ = ["FACTS_NAME", "Export", "ExportFacts", "export_bundle", "is_free", "open_export", "reference_guard"]
 
@@ -114,15 +114,21 @@ def export_bundle(
     output: Path,
     *,
     max_tokens: int | None = None,
+    calibration: Sequence[Sequence[Message]] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> Export:
     """Write the bundle in the folder ``bundle`` as ``target`` into the new folder ``output``.
 
-    ``max_tokens``: of the longest text, template included; None for the bundle's own. ``say`` is told what is done.
+    ``max_tokens``: of the longest text, template included; None for the bundle's own. ``calibration``: conversations
+    beside the golden ones, for a target that quantizes activations. ``say`` is told what is done.
     Raises ExportError for what cannot be made here, ParityError for an export that does not reproduce the bundle,
     BundleError and EngineError for a bundle that does not load; nothing is written then.
     """
     how = load_target(target)
+    if calibration:
+        if how.calibrated is None:
+            raise ExportError(f"the target {target!r} calibrates nothing: its numbers are the bundle's own.")
+        how = how.calibrated(calibration)
     source = Bundle.open(bundle)
     limited = _limited(source, max_tokens)
     with _whole_folder(output) as folder:

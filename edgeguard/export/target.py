@@ -8,7 +8,7 @@ where they are used. What a platform needs beside the model (its README, its cod
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from edgeguard.errors import EdgeguardError
 
 if TYPE_CHECKING:
     from edgeguard.bundle import Bundle
+    from edgeguard.prompt import Message
 
 __all__ = ["SAMPLES", "TARGETS", "Check", "ExportError", "Target", "load_target"]
 
@@ -27,7 +28,10 @@ TARGETS: Mapping[str, str] = MappingProxyType(
     {
         "gguf": "INT4 (Q4_0) GGUF for llama.cpp: desktops, servers, apps that link it",
         "onnx": "INT4 ONNX for plain onnxruntime: desktops and servers, any of its languages",
+        "android": "INT4 ONNX for onnxruntime-android, .pte for ExecuTorch (XNNPACK), Kotlin",
+        "ios": "INT4 Core ML package, INT4 GGUF for Metal, .pte for ExecuTorch, Swift",
         "web": "INT4 ONNX for onnxruntime-web: a JavaScript module and a demo page",
+        "qnn": "INT8 ONNX (QDQ) of fixed lengths for Qualcomm NPUs, through onnxruntime's QNN provider",
     }
 )
 
@@ -77,7 +81,8 @@ class Target:
     folder then holds all but README.md and export.json. Both raise an EdgeguardError: ExportError for what cannot be
     made here, ParityError for what does not reproduce the golden vectors. ``samples``: files of ``samples/`` that are
     copied, as paths below it. ``packages``: distributions whose versions the export notes. ``tolerance``: of the golden
-    margins, in logits; None for the bundle's own.
+    margins, in logits; None for the bundle's own. ``calibrated``: conversations -> the same target, whose ranges of
+    activations take them into account; None where nothing is calibrated.
     """
 
     name: str
@@ -86,6 +91,7 @@ class Target:
     samples: tuple[str, ...]
     packages: tuple[str, ...]
     tolerance: float | None = None
+    calibrated: Callable[[Sequence[Sequence[Message]]], Target] | None = None
 
 
 def load_target(name: str) -> Target:

@@ -30,7 +30,7 @@ from edgeguard.export.target import Check, ExportError, Target
 if TYPE_CHECKING:
     from edgeguard.bundle import Bundle
 
-__all__ = ["MODULES_VARIABLE", "TARGET", "portable_tokenizer"]
+__all__ = ["MODULES_VARIABLE", "TARGET", "portable_tokenizer", "write_portable_tokenizer"]
 
 MODULES_VARIABLE = "EDGEGUARD_NODE_MODULES"
 PACKAGES = ("onnxruntime-web", "@huggingface/tokenizers")
@@ -47,11 +47,19 @@ RANDOM_TEXTS, PIECES_A_TEXT = 300, 12
 
 def _make(bundle: Bundle, folder: Path) -> dict[str, str | None]:
     made = dict(onnx.TARGET.make(bundle, folder))
+    write_portable_tokenizer(bundle, folder)
+    return made
+
+
+def write_portable_tokenizer(bundle: Bundle, folder: Path) -> None:
+    """Write the bundle's tokenizer.json into ``folder`` so that other engines of regular expressions split alike.
+
+    Raises ExportError for a way of splitting that is not known here, ParityError where the ids differ.
+    """
     source = (bundle.path / TOKENIZER_NAME).read_text(encoding="utf-8")
     target = json.dumps(portable_tokenizer(json.loads(source)), ensure_ascii=False)
     _require_same_ids(source, target)
     (folder / TOKENIZER_NAME).write_text(target, encoding="utf-8", newline="\n")
-    return made
 
 
 def portable_tokenizer(tokenizer: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The target ``qnn``: Qualcomm's NPU library, here as an emulation, on Snapdragon for real."""
