@@ -1,7 +1,8 @@
 """Training the student: on labels, and quantization-aware with the float32 student as the target.
 
-Both are one loop (:class:`Trainer`) with another loss. It computes in bf16 under autocast with float32 weights, keeps a
-checkpoint, and goes on from it: batches, order and learning rate are functions of the step alone.
+Both are one loop (:class:`Trainer`) with another loss. Weights are float32; it computes in bf16 under autocast where the
+device has that. It keeps a checkpoint, and goes on from it: batches, order and learning rate are functions of the step
+alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from convert.batches import Batch, Example, batches, collate, training_batches
 from convert.files import write_whole
-from convert.student import Student, best_device
+from convert.student import Student, best_device, bf16_is_fast
 from edgeguard.errors import EdgeguardError
 from edgeguard.metrics import average_precision
 
@@ -128,7 +129,8 @@ def qat_loss(target: Student, *, hidden_weight: float, label_weight: float, haza
     target.to(best_device()).eval()
 
     def loss(student: Student, batch: Batch) -> Tensor:
-        with torch.no_grad(), torch.autocast(batch.ids.device.type, torch.bfloat16):
+        device = batch.ids.device
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
             wanted_hidden = target.hidden(batch.ids, batch.mask).float()
             wanted = target.read_head(wanted_hidden)
         hidden = student.hidden(batch.ids, batch.mask).float()
@@ -148,11 +150,11 @@ def qat_loss(target: Student, *, hidden_weight: float, label_weight: float, haza
 def score(
     student: nn.Module, examples: Sequence[Example], pad_id: int, *, bf16: bool, tokens: int = 4096
 ) -> np.ndarray:
-    """Logits float32 [n, K] of all examples, in their order, in one pass by length."""
+    """Logits float32 [n, K] of all examples, in their order, in one pass by length. ``bf16``: where it is fast."""
     student.eval()
     out: np.ndarray | None = None
     device = next(student.parameters()).device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16 and bf16_is_fast(device)):
         for indices, batch in batches(examples, tokens, pad_id):
             logits = student(batch.ids.to(device), batch.mask.to(device)).float().cpu().numpy()
             if out is None:
@@ -267,7 +269,7 @@ class Trainer:
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_is_fast(self.device)):
             loss = self.loss(self.student, batch.to(self.device))
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)

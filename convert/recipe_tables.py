@@ -76,6 +76,13 @@ def _heads(table: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _cut_already(table: Mapping[str, Any]) -> str | None:
+    cuts = ("start_from", "choose_layers", "intermediate_size", "trim_min_count", "target_tokens")
+    if "start_bundle" in table and (others := [name for name in cuts if name in table]):
+        return f"start_bundle is a student that is cut already: {', '.join(others)} cannot stand beside it."
+    return None
+
+
 def _sampled(table: Mapping[str, Any]) -> str | None:
     measures = table.get("choose_layers") == "importance" or "intermediate_size" in table
     if measures and "samples" not in table:
@@ -156,13 +163,14 @@ STUDENT = Table(
     required={"layers": COUNT, "max_tokens": TOKENS},
     optional={
         "start_from": BESIDE,
+        "start_bundle": Table(required={"bundle": TEXT, "manifest_sha256": text(SHA256_PATTERN, SHA256_CALLED)}),
         "choose_layers": choice("lowest", "importance"),
         "intermediate_size": GROUPS,
         "samples": COUNT,
         "trim_min_count": whole(),
         "target_tokens": Named(choice(SAFE, UNSAFE, *HAZARDS), text(".+", "the text of one token")),
     },
-    rules=(_sampled,),
+    rules=(_sampled, _cut_already),
 )
 
 SHAPE = Table(
@@ -207,8 +215,8 @@ def _teacher_is_used(recipe: Mapping[str, Any]) -> str | None:
 
 
 def _start_is_named(recipe: Mapping[str, Any]) -> str | None:
-    if "start_share" in recipe.get("distill", {}) and "start_from" not in recipe["student"]:
-        return "start_share of [distill] needs start_from in [student]."
+    if "start_share" in recipe.get("distill", {}) and not {"start_from", "start_bundle"} & set(recipe["student"]):
+        return "start_share of [distill] needs start_from or start_bundle in [student]."
     return None
 
 

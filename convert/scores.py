@@ -21,6 +21,7 @@ import numpy as np
 from convert.corpora.registry import Row
 from convert.files import write_arrays
 from edgeguard.bundle import sha256_of
+from edgeguard.engines.byte_products import byte_products_are_exact
 from edgeguard.engines.int8 import write_int8_weights
 from edgeguard.errors import EdgeguardError
 from edgeguard.prompt import Template
@@ -157,7 +158,8 @@ def int8_stage(name: str, graph: Path, pad_id: int) -> Stage:
             write_int8_weights(plan, Path(folder))
             return onnx_stage(name, Path(shutil.copy(graph, folder)), pad_id).logits(examples)
 
-    return Stage(name, f"{sha256_of(graph)} {sha256_of(plan)}", logits)
+    exact = byte_products_are_exact()  # else the weights are others
+    return Stage(name, f"{sha256_of(graph)} {sha256_of(plan)}{'' if exact else ' cut'}", logits)
 
 
 def gguf_stage(name: str, path: Path, sets: tuple[str, ...] | None = None) -> Stage:

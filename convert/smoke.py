@@ -148,8 +148,8 @@ def shrink(recipe: Recipe) -> Recipe:
     """The recipe with everything large made small, in a ``smoke`` folder of its build; sets the data folder.
 
     What kinds of teacher, pruning, loss and container it names stays as it is; a recipe to start from becomes one that
-    learns from the labels. A teacher from a GGUF or a score file
-    cannot be made small: raises RecipeError.
+    learns from the labels, a bundle to start from the base. A teacher from a GGUF or a score file cannot be made small:
+    raises RecipeError.
     """
     folder = recipe.build / "smoke"
     shutil.rmtree(folder, ignore_errors=True)  # an earlier one would be found made, and show nothing
@@ -177,6 +177,7 @@ def shrink(recipe: Recipe) -> Recipe:
             "sets": {"tiny_train": {"safe": 250, "unsafe": 250}},
         },
     }
+    changes["student"].pop("start_bundle", None)  # which no tiny base fits: the student is cut instead
     if "intermediate_size" in recipe.student:
         changes["student"]["intermediate_size"] = 64
     if recipe.teacher.get("kind") == "trained":

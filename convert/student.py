@@ -6,6 +6,8 @@ without its output layer; what is exported must be a Llama. A trained teacher is
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convert.files import read_json, write_json, write_whole
-from convert.quantize import GROUP_SIZE
+from convert.quantize import GROUP_SIZE, Int4Weight
 from edgeguard.errors import EdgeguardError
 from edgeguard.taxonomy import HAZARDS
 
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from convert.export.onnx_graph import StudentConfig
+    from edgeguard.engines.int4_weights import Weights
 
-__all__ = ["HEAD", "Student", "StudentError", "best_device"]
+__all__ = ["HEAD", "Student", "StudentError", "best_device", "bf16_is_fast"]
 
 
 class StudentError(EdgeguardError):
@@ -96,6 +99,13 @@ class Student(nn.Module):
     def numpy_weights(self) -> dict[str, np.ndarray]:
         """All weights as float32 arrays under their Hugging Face names, plus ``head.weight`` and ``head.bias``."""
         return {name: tensor.detach().float().numpy() for name, tensor in self.state_dict().items()}
+
+    @torch.no_grad()
+    def with_weights(self, weights: Weights) -> Student:
+        """This student with ``weights``, under the names of :meth:`numpy_weights`, INT4 ones as float32; in place."""
+        values = {n: w.dequantize() if isinstance(w, Int4Weight) else np.asarray(w) for n, w in weights.items()}
+        self.load_state_dict({name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()})
+        return self
 
     def onnx_config(self, max_tokens: int) -> StudentConfig:
         """The shape that every container is built from.
@@ -172,6 +182,29 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@functools.cache
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether ``device`` multiplies in bfloat16 faster than in float32: measured once a process, in a moment.
+
+    A CPU without instructions for it (AVX512-BF16, AMX, ARM's BF16) computes it in software: a Zen 3 took eighty times
+    as long as for float32.
+    """
+    if device.type != "cpu":
+        return True
+    return _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """The best of three products of [256, 512] by [512, 512], after one that warms up."""
+    a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 def _attention() -> str:

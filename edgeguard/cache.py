@@ -51,7 +51,7 @@ def cache_folder() -> Path:
 def cached(name: str, make: Callable[[Path], None]) -> Path:
     """The file ``name`` of the cache folder, made by ``make`` where it is missing or not what it was.
 
-    ``name``: of one file, without folders; whatever the content depends on belongs into it. ``make`` writes the path
+    ``name``: of one file, maybe in a folder; whatever the content depends on belongs into it. ``make`` writes the path
     that it is given, a temporary neighbour which then takes its place in one step: processes that make the same file
     at once each end up with a whole one, and what a killed one left is never used. Raises EngineError when the file
     cannot be written, and whatever ``make`` raises.
@@ -60,6 +60,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
     if _is_sound(file):
         return file
     try:
+        file.parent.mkdir(exist_ok=True)
         _remove_abandoned(file)
         write_whole(file, make)
         # After the file: killed in between, the next process finds a file without its sum, and makes it again.

@@ -11,21 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 from convert_support import write_recipe
+from tiny import refresh_files
 
-pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
+torch = pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
 pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
 
 from click.testing import CliRunner  # noqa: E402
 
 from convert import steps  # noqa: E402
 from convert.__main__ import main  # noqa: E402
+from convert.base import plain_tokenizer_json  # noqa: E402
 from convert.corpora.registry import CorpusError  # noqa: E402
+from convert.export.onnx_graph import build_guard_graph  # noqa: E402
+from convert.quantize import quantize_int4  # noqa: E402
 from convert.recipe import Recipe, RecipeError, load_recipe  # noqa: E402
 from convert.smoke import requests, row, write_base, write_data, write_sets  # noqa: E402
 from convert.steps.data import read_examples  # noqa: E402
 from convert.steps.training import blend_targets  # noqa: E402
-from convert.student import StudentError  # noqa: E402
+from convert.student import Student, StudentError  # noqa: E402
 from edgeguard import Guard  # noqa: E402
+from edgeguard.bundle import sha256_of  # noqa: E402
 from edgeguard.errors import ParityError  # noqa: E402
 
 
@@ -179,6 +184,64 @@ def test_training_starts_from_another_recipes_student(recipe: Recipe, tmp_path: 
 def test_a_trimmed_start_brings_its_own_vocabulary(recipe: Recipe, tmp_path: Path) -> None:
     following = _next(recipe, tmp_path, ("creative = 10", "creative = 20"))
     assert steps.trimmed_base(following) == tmp_path / "build" / "start" / "trimmed"
+
+
+def _going_on(recipe: Recipe, folder: Path, layers: int = 2) -> tuple[Recipe, Student]:
+    """A recipe that starts from a bundle of its base's lowest two layers, and the student in that bundle."""
+    base = Path(recipe.base["folder"])
+    held = Student.from_base(base, 2)
+    torch.nn.init.normal_(held.head.weight)
+    bundle = shutil.copytree(recipe.models / recipe.name, folder / "bundle")
+    integers = {
+        n: quantize_int4(w) if w.ndim == 2 and n != "head.weight" else w for n, w in held.numpy_weights().items()
+    }
+    model = build_guard_graph(integers, held.onnx_config(64), labels=held.labels)
+    (bundle / "model.onnx").write_bytes(model.SerializeToString())
+    (bundle / "tokenizer.json").write_text(plain_tokenizer_json(base), encoding="utf-8")
+    refresh_files(bundle)
+    start = f'start_bundle = {{ bundle = "bundle", manifest_sha256 = "{sha256_of(bundle / "manifest.json")}" }}'
+    head, rest = recipe.path.read_text().split("[student]")
+    (folder / "on.toml").write_text(f"{head}[student]\nlayers = {layers}\n{start}\n{rest[rest.index('max_tokens') :]}")
+    return load_recipe(
+        folder / "on.toml", _with_corpus(recipe, folder / "build"), folder / "models"
+    ), held.with_weights(integers)
+
+
+def test_training_starts_from_a_bundle(recipe: Recipe, tmp_path: Path) -> None:
+    following, held = _going_on(recipe, tmp_path)
+    started = Student.load(steps.student(following)).state_dict()
+    assert {n: w.tolist() for n, w in started.items()} == {n: w.tolist() for n, w in held.state_dict().items()}
+    shutil.rmtree(tmp_path / "bundle")  # what was made of it stays; a new version may take its place
+    assert steps.student(following) == tmp_path / "build" / "student"
+
+
+def test_another_bundle_to_start_from_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    following, _ = _going_on(recipe, tmp_path)
+    manifest = tmp_path / "bundle" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(RecipeError, match=r"start_bundle: the manifest in .* has the SHA-256 .* the recipe names"):
+        steps.student(following)
+    manifest.write_text(manifest.read_text()[:-1])
+    shutil.copy(recipe.models / recipe.name / "tokenizer.json", tmp_path / "bundle" / "tokenizer.json")  # trimmed
+    refresh_files(tmp_path / "bundle")
+    renamed = replace(
+        following,
+        student={**following.student, "start_bundle": {"bundle": "bundle", "manifest_sha256": sha256_of(manifest)}},
+    )
+    with pytest.raises(StudentError, match="has another tokenizer than the base example/tiny"):
+        steps.student(replace(renamed, build=_with_corpus(recipe, tmp_path / "again")))
+
+
+def test_a_bundle_of_another_shape_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    following, _ = _going_on(recipe, tmp_path, layers=3)
+    with pytest.raises(StudentError, match=r"holds StudentConfig\(.*num_layers=2.* say StudentConfig\(.*num_layers=3"):
+        steps.student(following)
+    assert not (following.build / "student" / "student.safetensors").exists()
+
+
+def _with_corpus(recipe: Recipe, build: Path) -> Path:
+    shutil.copytree(recipe.build / "corpus", build / "corpus")
+    return build
 
 
 def test_a_start_of_another_shape_is_refused(recipe: Recipe, tmp_path: Path) -> None:

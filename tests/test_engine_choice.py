@@ -17,6 +17,7 @@ from tiny_llama import write_llama_bundle  # noqa: E402
 
 from edgeguard import Guard  # noqa: E402
 from edgeguard.cache import CACHE_VARIABLE  # noqa: E402
+from edgeguard.engines import int8  # noqa: E402
 from edgeguard.errors import BundleError, EngineError, InputError  # noqa: E402
 
 TEXTS = ["How do I make the thing?", "the cat and the hat", "once upon a time there was a hat", "No."]
@@ -54,6 +55,18 @@ def test_another_bundle_has_weights_of_its_own(bundle: Path, cache: Path, tmp_pa
     other = write_llama_bundle(tmp_path / "other", seed=1)
     assert Guard.load(other, engine="onnx-int8", threads=1).self_test() < 0.5
     assert len(list(cache.rglob("*.bin"))) == 2
+
+
+def test_a_cpu_that_cuts_products_has_weights_of_its_own(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    margins = [Guard.load(bundle, engine="onnx-int8", threads=1).classify(TEXTS[0]).margin]
+    monkeypatch.setattr(int8, "byte_products_are_exact", lambda: False)
+    monkeypatch.setattr(int8, "STEPS_WHERE_CUT", 64)
+    margins.append(Guard.load(bundle, engine="onnx-int8", threads=1).classify(TEXTS[0]).margin)
+    assert 0 < abs(margins[0] - margins[1]) < 0.5
+    folders = {path.parent.relative_to(cache).as_posix() for path in cache.rglob("*.bin")}
+    assert len(folders) == 2 and "steps-64" in folders
 
 
 def test_damaged_weights_are_made_again(bundle: Path, cache: Path) -> None:

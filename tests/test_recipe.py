@@ -103,6 +103,11 @@ def test_every_kind_of_teacher_loads(tmp_path: Path, text: str, table: str) -> N
             "[student] start_from: expected the name of a recipe",
         ),
         (
+            "samples = 64",
+            f"samples = 64\nstart_bundle = {{ bundle = 'x', manifest_sha256 = '{'0' * 64}' }}",
+            "[student]: start_bundle is a student that is cut already: choose_layers, intermediate_size, trim",
+        ),
+        (
             '"gguf", "standard"',
             '"gguf", "coreml"',
             "[export] also: expected a list, none twice, each one of onnx, gguf",
@@ -232,7 +237,9 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
 def test_a_start_is_one_that_starts_from_its_base(tmp_path: Path, text: str) -> None:
     following = changed(text, "[student]", '[student]\nstart_from = "right.toml"')
     assert load(tmp_path, following).start.path.name == "right.toml"
-    with pytest.raises(RecipeError, match=r"start_share of \[distill\] needs start_from in \[student\]"):
+    with pytest.raises(
+        RecipeError, match=r"start_share of \[distill\] needs start_from or start_bundle in \[student\]"
+    ):
         load(tmp_path, changed(text, "judged = 400", "judged = 400\nstart_share = 0.5"))
     (tmp_path / "second.toml").write_text(following)
     with pytest.raises(RecipeError, match=r"expected a recipe that starts from its base, found second\.toml"):

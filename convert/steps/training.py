@@ -12,7 +12,7 @@ import numpy as np
 from convert.base import target_token
 from convert.corpora.mix import MixedRow, check_no_test_rows, leak_keys
 from convert.files import write_arrays
-from convert.recipe import Recipe
+from convert.recipe import Recipe, RecipeError
 from convert.steps.data import (
     data_sha256,
     encode_mixed,
@@ -26,7 +26,10 @@ from convert.steps.data import (
 from convert.steps.kept import is_made
 from convert.steps.runs import run_training
 from convert.steps.teaching import label, rows_without_label
-from edgeguard.bundle import sha256_of
+from edgeguard.bundle import Bundle, sha256_of
+from edgeguard.engines.gguf_source import read_onnx
+from edgeguard.hub import HUB_PREFIX, resolve_bundle
+from edgeguard.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from convert.batches import Example
@@ -38,7 +41,10 @@ SMOOTHING_ROWS = 300  # of the mix, whose activations are measured
 
 
 def student(recipe: Recipe) -> Path:
-    """Step ``student``: the untrained student, cut out of its base; or the trained one of the recipe to start from."""
+    """Step ``student``: the untrained one, cut out of its base; or a trained one, of a recipe or bundle to start from.
+
+    Raises RecipeError for a bundle that is not the recipe's, StudentError for one of another shape or vocabulary.
+    """
     from convert.prune import block_importance, keep_layers, keep_neurons, neuron_importance
     from convert.student import HEAD, Student
 
@@ -47,6 +53,10 @@ def student(recipe: Recipe) -> Path:
     folder, table = recipe.build / "student", recipe.student
     source = trimmed_base(recipe)
     inputs = {"student": table, "base": recipe.base, "data": data_sha256(recipe)}
+    if "start_bundle" in table:
+        if not is_made(folder / "student.safetensors", inputs, folder):
+            _student_of_bundle(recipe, source).save(folder)
+        return folder
     if not is_made(folder / "student.safetensors", inputs, folder):
         by_importance = table.get("choose_layers", "lowest") == "importance"
         ids = {label: target_token(source, text) for label, text in table.get("target_tokens", {}).items()}
@@ -62,6 +72,28 @@ def student(recipe: Recipe) -> Path:
             keep_neurons(made, neuron_importance(made, calibration), table["intermediate_size"])
         made.save(folder)
     return folder
+
+
+def _student_of_bundle(recipe: Recipe, source: Path) -> Student:
+    """The student in a bundle: its INT4 weights as float32, to be trained on."""
+    from convert.student import Student, StudentError
+
+    wanted = recipe.student["start_bundle"]
+    spec = wanted["bundle"]
+    bundle = Bundle.open(resolve_bundle(spec if spec.startswith(HUB_PREFIX) else recipe.path.parent / spec))
+    found = sha256_of(bundle.path / MANIFEST_NAME)
+    if found != wanted["manifest_sha256"]:
+        raise RecipeError(
+            f"{recipe.path.name}: [student] start_bundle: the manifest in {bundle.path} ({bundle.label}) has the "
+            f"SHA-256 {found}, the recipe names {wanted['manifest_sha256']}. Fetch that bundle, or name this one."
+        )
+    if bundle.load_tokenizer().to_str() != text_side(source)[1].to_str():
+        raise StudentError(f"{bundle.label} has another tokenizer than the base {recipe.base['model']}.")
+    held, max_tokens = read_onnx(bundle.file_for("onnx")), recipe.student["max_tokens"]
+    made = Student.from_base(source, recipe.student["layers"], held.labels or bundle.manifest.head)
+    if (shape := made.onnx_config(max_tokens)) != replace(held.config, max_tokens=max_tokens):
+        raise StudentError(f"{bundle.label} holds {held.config}, [base] and [student] say {shape}.")
+    return made.with_weights(held.weights)
 
 
 def train(recipe: Recipe) -> Path:

@@ -4,6 +4,9 @@ A CPU with INT8 dot products (VNNI, AMX, i8mm) multiplies bytes faster than any 
 hold a graph for that, ``model.int8.onnx``, without weights, and a plan, ``model.int8.json``: where the INT4 integers of
 every matrix stand in ``model.onnx``, and where their INT8 copy goes in the file that is made once a machine, in the
 cache.
+
+Weights take fewer steps where sums of products are cut (:mod:`edgeguard.engines.byte_products`): smaller numbers reach
+the limit less often. How many was measured on the verdicts of the shipped guard (docs/log.md, 2026-11-22).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 
 from edgeguard import schema
 from edgeguard.cache import cached
+from edgeguard.engines.byte_products import byte_products_are_exact
 from edgeguard.engines.int4_weights import GROUP_SIZE, Int4Weight
 from edgeguard.errors import BundleError
 from edgeguard.manifest import NAME_CALLED, NAME_PATTERN
@@ -31,6 +35,7 @@ __all__ = [
     "INT8_ENGINE",
     "PLAN_FORMAT",
     "STEPS",
+    "STEPS_WHERE_CUT",
     "Matrix",
     "Plan",
     "int8_files",
@@ -41,6 +46,7 @@ __all__ = [
 INT8_ENGINE = "onnx-int8"
 PLAN_FORMAT = 1
 STEPS = 127  # of the INT8 grid on each side of zero
+STEPS_WHERE_CUT = 100
 ALIGNMENT = 64  # bytes, of every tensor in the file: a cache line
 CHUNK_ROWS = 2048  # unpacked at a time, so that the memory stays small
 MAX_BYTES = 2**40
@@ -152,27 +158,35 @@ def int8_files(bundle: Bundle) -> tuple[Path, Path]:
     file = graph.with_suffix(".json")
     if file.name not in bundle.manifest.files:
         raise BundleError(f"{bundle.path}: expected {file.name} beside {graph.name}, found no such file listed.")
-    plan = Plan.from_json(file.read_bytes(), str(file))
-    return graph, cached(plan.weights, lambda path: _carry_out(plan, file, path))
+    plan, steps = Plan.from_json(file.read_bytes(), str(file)), _steps_here()
+    # The graph looks for the file by its name, so other contents of that name stand in a folder of their own.
+    name = plan.weights if steps == STEPS else f"steps-{steps}/{plan.weights}"
+    return graph, cached(name, lambda path: _carry_out(plan, file, path, steps))
 
 
-def write_int8_weights(file: Path, folder: Path) -> Path:
+def write_int8_weights(file: Path, folder: Path, steps: int | None = None) -> Path:
     """Carry out the plan in ``file``, whose source stands beside it; returns the file of weights, in ``folder``.
+
+    ``steps``: of the INT8 grid on each side of zero, at most 127; None for as many as this CPU should have.
 
     Raises BundleError for a damaged plan, or one that its source does not fit.
     """
     plan = Plan.from_json(file.read_bytes(), str(file))
-    _carry_out(plan, file, folder / plan.weights)
+    _carry_out(plan, file, folder / plan.weights, steps or _steps_here())
     return folder / plan.weights
 
 
-def _carry_out(plan: Plan, file: Path, target: Path) -> None:
+def _steps_here() -> int:
+    return STEPS if byte_products_are_exact() else STEPS_WHERE_CUT
+
+
+def _carry_out(plan: Plan, file: Path, target: Path, steps: int) -> None:
     try:
         source = np.memmap(file.with_name(plan.source), np.uint8, "r")
         with target.open("wb") as output:
             output.truncate(plan.size)
             for matrix in plan.matrices:
-                _write_matrix(source, matrix, output)
+                _write_matrix(source, matrix, output, steps)
             for place, size, to in plan.copies:
                 _write(output, to, _cut(source, place, size))
             written = output.seek(0, os.SEEK_END)
@@ -182,7 +196,7 @@ def _carry_out(plan: Plan, file: Path, target: Path) -> None:
         raise BundleError(f"{file}: expected {plan.size} bytes of weights, found {written}.")
 
 
-def _write_matrix(source: NDArray[np.uint8], matrix: Matrix, output: BinaryIO) -> None:
+def _write_matrix(source: NDArray[np.uint8], matrix: Matrix, output: BinaryIO, steps: int) -> None:
     rows, columns = matrix.shape
     groups = columns // GROUP_SIZE
     packed = _cut(source, matrix.nibbles, rows * columns // 2).reshape(rows, groups, GROUP_SIZE // 2)
@@ -190,24 +204,25 @@ def _write_matrix(source: NDArray[np.uint8], matrix: Matrix, output: BinaryIO) -
     weight, channel = np.empty((columns, rows), np.int8), np.empty(rows, np.float32)
     for start in range(0, rows, CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
-        values, channel[chunk] = to_int8(Int4Weight.unpack_matmulnbits(packed[chunk], scales[chunk]), matrix.columns)
+        int4 = Int4Weight.unpack_matmulnbits(packed[chunk], scales[chunk])
+        values, channel[chunk] = to_int8(int4, matrix.columns, steps)
         weight[:, chunk] = values.T
     _write(output, matrix.to, weight)
     _write(output, matrix.channel_scales, channel if matrix.rows is None else np.ldexp(channel, matrix.rows))
 
 
 def to_int8(
-    weight: Int4Weight, columns: NDArray[np.int8] | None = None
+    weight: Int4Weight, columns: NDArray[np.int8] | None = None, steps: int = STEPS
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """INT4 [N, K] -> (int8 [N, K], float32 channel scales [N]).
 
     ``columns``: exponents of two, int8 [K], that columns are multiplied by first. A channel's scale is its largest
-    magnitude / 127, so a value is at most half of it away from what it stands for.
+    magnitude / ``steps`` (at most 127), so a value is at most half of it away from what it stands for.
     """
     values = weight.dequantize()
     if columns is not None:
         values *= np.ldexp(np.float32(1), columns)
-    channel = np.abs(values).max(axis=1) / np.float32(STEPS)
+    channel = np.abs(values).max(axis=1) / np.float32(steps)
     channel[channel == 0] = 1  # a channel of zeros
     return np.rint(values / channel[:, None]).astype(np.int8), channel
 
