@@ -1,6 +1,6 @@
 """Training the student: on labels, and quantization-aware with the float32 student as the target.
 
-Both are one loop (:class:`Trainer`) with another loss. Weights are float32; it computes in bf16 under autocast where the
+Both are one loop (:class:`Trainer`) with another loss. Weights are float32; it computes in bf16 under autocast where a
 device has that. It keeps a checkpoint, and goes on from it: batches, order and learning rate are functions of the step
 alone.
 """
