@@ -138,6 +138,25 @@ def transcode(bundle: Path, gguf: Path) -> None:
 
 
 @main.command()
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--rows", default=1000, show_default=True, type=click.IntRange(1), help="Public rows to judge.")
+@click.option("--set", "sets", multiple=True, help="Draw from this labelled set (may be repeated); else from five.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write the JSON here.")
+def parity(bundle: Path, rows: int, sets: tuple[str, ...], output: Path | None) -> None:
+    """Whether the containers of BUNDLE judge alike: ONNX, INT8 compute, GGUF, standard operators, each asked anew."""
+    from convert.files import write_json
+    from convert.parity import SETS, bundle_parity, parity_markdown, public_rows
+
+    try:
+        record = bundle_parity(bundle, public_rows(sets or SETS, rows))
+    except EdgeguardError as error:
+        raise click.ClickException(str(error)) from error
+    if output:
+        write_json(output, record)
+    click.echo(parity_markdown(record))
+
+
+@main.command()
 @click.option("--check", is_flag=True, help="Write nothing; fail when README.md is not what the records say.")
 def readme(check: bool) -> None:
     """Fill the tables of README.md from the records of the shipped bundle."""

@@ -15,6 +15,9 @@ __all__ = ["ReadmeError", "render"]
 
 HERE = Path(__file__).resolve().parent
 BUNDLE = HERE.parent / "models" / "edgeguard-mini"
+BENCH = HERE.parent / "docs" / "bench"
+SPEEDS = {"mini": (64, 256), "1b": (128,)}  # runs of docs/bench/record.sh, and the lengths of theirs to show
+ENGINES = ("onnx-int8", "onnx", "llama-cpp-python")
 COLUMNS = ("openai_moderation", "toxicchat_test", "xstest", "beavertails_test")
 
 
@@ -29,6 +32,7 @@ def render(text: str) -> str:
         "guards": _guards(report, manifest),
         "sets": comparison_table(report, "balanced"),
         "low_fpr": comparison_table(report, "low_fpr"),
+        "speed": _speed(),
     }
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -52,6 +56,30 @@ def _guards(report: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     for row in read_json(HERE / "published.json")["guards"]:
         cells = [_cell(row.get(name), row.get(f"{name.removesuffix('_test')}_fpr")) for name in COLUMNS]
         lines.append(f"| {row['guard']} | {row['size']} | {' | '.join(cells)} | {row['source']} |")
+    return "\n".join(lines)
+
+
+def _speed() -> str:
+    """Latency, ratio and memory of the recorded runs, a row a guard and length."""
+    from edgeguard.bench.records import load_record
+
+    head = ["CPU, threads", "guard", "tokens", *(f"`{name}` p50 / p95 ms" for name in ENGINES)]
+    head += ["`onnx-int8` by llama.cpp", "peak memory, `onnx-int8` / `onnx`", "record"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for run, lengths in SPEEDS.items():
+        for file in sorted(BENCH.glob(f"*-{run}.json")):
+            record = load_record(file)
+            results = {result.name: result for result in record.results}
+            peaks = [f"{(results[name].memory.peak_bytes or 0) / 1e6:.0f} MB" for name in ENGINES[:2]]
+            for tokens in lengths:
+                found = [next(x.summary for x in results[name].lengths if x.tokens == tokens) for name in ENGINES]
+                (ratio,) = [
+                    r for r in record.ratios if (r.name, r.against, r.tokens) == (ENGINES[0], ENGINES[2], tokens)
+                ]
+                cells = [f"{record.device.cpu}, {record.plan.threads}", record.bundle.label, str(tokens)]
+                cells += [f"{s.p50_ms:.0f} / {s.p95_ms:.0f}" for s in found]
+                cells += [f"{ratio.ratio:.2f} times as fast [{ratio.low:.2f}, {ratio.high:.2f}]", " / ".join(peaks)]
+                lines.append(f"| {' | '.join([*cells, f'[{file.name}](docs/bench/{file.name})'])} |")
     return "\n".join(lines)
 
 

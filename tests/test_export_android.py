@@ -246,6 +246,7 @@ def test_executorch_on_this_machine(with_pte: Export, bundle: Path) -> None:
     assert record.model.size_bytes == (with_pte.bundle.path / "model.pte").stat().st_size
 
 
+@pytest.mark.device
 @needs_arm64
 def test_arm_kernels_under_qemu(export: Export, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHON", sys.executable)

@@ -223,6 +223,7 @@ def test_the_extra_that_is_missing_is_named(bundle: Path, tmp_path: Path, monkey
 # On Qualcomm's library
 
 
+@pytest.mark.device
 @needs_qnn
 def test_all_nodes_run_on_the_npu_backend(bundle: Path, export: Export) -> None:
     record = run_on_device(TARGETS["qnn"], export, Bundle.open(bundle), Wanted(PLAN, 0, 0, 300.0))
@@ -235,6 +236,7 @@ def test_all_nodes_run_on_the_npu_backend(bundle: Path, export: Export) -> None:
         assert "emulated by Qualcomm's HTP library" in matrix([record], 64)
 
 
+@pytest.mark.device
 @needs_qnn
 def test_nodes_that_the_npu_does_not_take_are_marked(bundle: Path, export: Export, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export.bundle.path, tmp_path / "export"))
@@ -258,6 +260,7 @@ def test_nodes_that_the_npu_does_not_take_are_marked(bundle: Path, export: Expor
     assert "**partly fell back**" in matrix([record], 64)
 
 
+@pytest.mark.device
 @needs_qnn
 def test_a_wrong_golden_vector_fails(bundle: Path, export: Export, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export.bundle.path, tmp_path / "export"))
@@ -269,6 +272,7 @@ def test_a_wrong_golden_vector_fails(bundle: Path, export: Export, tmp_path: Pat
     assert record.failures and all(failure.startswith("golden vector 1 ") for failure in record.failures)
 
 
+@pytest.mark.device
 @needs_qnn
 @pytest.mark.parametrize("name", ["model.64.onnx", "weights.bin"])
 def test_a_missing_model_fails(name: str, bundle: Path, export: Export, tmp_path: Path) -> None:
