@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from edgeguard.cache import CACHE_VARIABLE
 # No deadline: a busy machine is not a failure. No database: every run tries the same kind of examples afresh.
 settings.register_profile("edgeguard", deadline=None, database=None)
 settings.load_profile("edgeguard")
+# A shell's background jobs ignore Ctrl-C, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
