@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from convert.batches import Batch, Example, batches, collate, training_batches
 from convert.files import write_whole
-from convert.student import Student, best_device, bf16_is_fast
+from convert.student import Student, autocast, best_device
 from edgeguard.errors import EdgeguardError
 from edgeguard.metrics import average_precision
 
@@ -130,7 +130,7 @@ def qat_loss(target: Student, *, hidden_weight: float, label_weight: float, haza
 
     def loss(student: Student, batch: Batch) -> Tensor:
         device = batch.ids.device
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
+        with torch.no_grad(), autocast(device):
             wanted_hidden = target.hidden(batch.ids, batch.mask).float()
             wanted = target.read_head(wanted_hidden)
         hidden = student.hidden(batch.ids, batch.mask).float()
@@ -154,7 +154,7 @@ def score(
     student.eval()
     out: np.ndarray | None = None
     device = next(student.parameters()).device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16 and bf16_is_fast(device)):
+    with torch.inference_mode(), autocast(device, bf16=bf16):
         for indices, batch in batches(examples, tokens, pad_id):
             logits = student(batch.ids.to(device), batch.mask.to(device)).float().cpu().numpy()
             if out is None:
@@ -269,7 +269,7 @@ class Trainer:
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_is_fast(self.device)):
+        with autocast(self.device):
             loss = self.loss(self.student, batch.to(self.device))
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)

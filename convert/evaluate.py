@@ -23,6 +23,7 @@ from edgeguard.taxonomy import HAZARDS
 
 if TYPE_CHECKING:
     from convert.scores import Stage, TeacherStage
+    from edgeguard.manifest import Manifest
 
 __all__ = [
     "POLICY",
@@ -67,6 +68,15 @@ class Fitted:
 
     calibration: Mapping[str, Calibration]
     points: Mapping[str, Mapping[str, ChosenPoint]]  # target -> point name -> threshold and figures
+
+    @classmethod
+    def of_manifest(cls, manifest: Manifest) -> Fitted:
+        """What a bundle ships with."""
+        points = manifest.operating_points.items()
+        return cls(
+            manifest.calibration,
+            {t: {name: ChosenPoint(p.thresholds[t], p.measured[t]) for name, p in points} for t in TARGETS},
+        )
 
     def log_odds(self, margins: NDArray[Any], targets: Sequence[str]) -> Floats:
         """Calibrated log-odds of unsafe [n] of ``margins`` [n]."""

@@ -12,7 +12,7 @@ float32 scales, and the latter rounds the compensated values once more with othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from convert.batches import Batch
 from convert.quantize import GROUP_SIZE, Int4Weight, quantize_int4
 from convert.student import Student
+from edgeguard.engines.int4_weights import Weights, as_float32
 from edgeguard.errors import EdgeguardError
 
-__all__ = ["GptqError", "gptq", "load_int4"]
+__all__ = ["GptqError", "gptq", "load_weights"]
 
 EMBEDDING = "model.embed_tokens.weight"
 # The linears of a Llama layer in the order of its forward pass; those that read the same input share a Hessian.
@@ -82,7 +83,7 @@ def gptq(student: Student, batches: Sequence[Batch], damping: float = 0.01) -> d
     embedding = student.get_parameter(EMBEDDING)
     result = {EMBEDDING: quantize_int4(embedding.float().cpu().numpy())}
     with _restored([embedding]):
-        load_int4(student, result)
+        load_weights(student, result)
         calls = _first_calls(student, batches)
     layers = student.model.layers
     for number, layer in enumerate(layers):
@@ -94,7 +95,7 @@ def gptq(student: Student, batches: Sequence[Batch], damping: float = 0.01) -> d
                 rounded = _round_columns(torch.cat([linear.weight for linear in linears]), inverse)
                 weights = _split(rounded, [linear.out_features for linear in linears])
                 named = {f"model.layers.{number}.{n}.weight": w for n, w in zip(names, weights, strict=True)}
-                load_int4(student, named)
+                load_weights(student, named)
                 result |= named
             for call in calls:
                 call.states = layer(call.states, **call.rest)
@@ -103,7 +104,7 @@ def gptq(student: Student, batches: Sequence[Batch], damping: float = 0.01) -> d
 
 
 @torch.no_grad()
-def load_int4(student: Student, weights: Mapping[str, Int4Weight]) -> Student:
+def load_weights(student: Student, weights: Weights) -> Student:
     """Put the values of ``weights`` into ``student`` in place, to run it in torch as it will ship; returns it.
 
     Raises ValueError, before any change, for a name or a shape that the student does not have.
@@ -112,9 +113,9 @@ def load_int4(student: Student, weights: Mapping[str, Int4Weight]) -> Student:
     for name, weight in weights.items():
         if name not in parameters or tuple(parameters[name].shape) != weight.shape:
             found = tuple(parameters[name].shape) if name in parameters else "no such weight"
-            raise ValueError(f"{name}: the INT4 weight is {weight.shape}, the student has {found}.")
+            raise ValueError(f"{name}: the weight to load is {weight.shape}, the student has {found}.")
     for name, weight in weights.items():
-        parameters[name].copy_(torch.from_numpy(weight.dequantize()))
+        parameters[name].copy_(torch.from_numpy(as_float32(weight)))
     return student
 
 

@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
 from convert.corpora.registry import Row
 from edgeguard.bundle import Bundle, sha256_of
@@ -44,26 +43,20 @@ def bundle_parity(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     TranscodeError.
     """
     from convert.batches import encode_rows
+    from convert.evaluate import Fitted, verdict_parity
 
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     examples = encode_rows(rows, manifest.template, bundle.load_tokenizer(), manifest.max_tokens)
-    margins = {}
+    logits = {}
     with TemporaryDirectory() as made:
         for stage in _stages(bundle, Path(made)):
             click.echo(f"parity: {stage.name}, {len(rows)} rows", err=True)
-            logits = stage.logits(examples)
-            margins[stage.name] = (logits[:, 1] - logits[:, 0]).astype(np.float64)
-    reference = margins.pop(REFERENCE)
-    flagged = _flagged(bundle, rows, reference)
-    containers = {
-        name: {
-            "max_abs_diff": float(np.abs(found - reference).max()),
-            "mean_abs_diff": float(np.abs(found - reference).mean()),
-            "agreement": float(np.mean(_flagged(bundle, rows, found) == flagged)),
-        }
-        for name, found in margins.items()
-    }
+            logits[stage.name] = stage.logits(examples)
+    reference, fitted = logits.pop(REFERENCE), Fitted.of_manifest(manifest)
+    compared = {name: verdict_parity(rows, reference, found, fitted, POINT) for name, found in logits.items()}
+    figures = ("max_abs_diff", "mean_abs_diff", "agreement")
+    containers = {name: {key: entry[key] for key in figures} for name, entry in compared.items()}
     return {
         "bundle": bundle.label,
         "manifest_sha256": sha256_of(folder / MANIFEST_NAME),
@@ -84,13 +77,6 @@ def parity_markdown(record: Mapping[str, Any]) -> str:
     ]
     head = f"{record['bundle']}: margins against {record['reference']}, {record['rows']} rows, decisions at {POINT}"
     return "\n".join([head, "", *lines])
-
-
-def _flagged(bundle: Bundle, rows: Sequence[Row], margins: np.ndarray) -> np.ndarray:
-    manifest = bundle.manifest
-    thresholds = manifest.operating_points[POINT].thresholds
-    p_unsafe = [manifest.calibration[row.target].probability(m) for row, m in zip(rows, margins, strict=True)]
-    return np.array([p >= thresholds[row.target] for row, p in zip(rows, p_unsafe, strict=True)])
 
 
 def _stages(bundle: Bundle, made: Path) -> list[Stage]:

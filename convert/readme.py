@@ -70,7 +70,7 @@ def _speed() -> str:
         for file in sorted(BENCH.glob(f"*-{run}.json")):
             record = load_record(file)
             results = {result.name: result for result in record.results}
-            peaks = [f"{(results[name].memory.peak_bytes or 0) / 1e6:.0f} MB" for name in ENGINES[:2]]
+            peaks = [_megabytes(results[name].memory.peak_bytes) for name in ENGINES[:2]]
             for tokens in lengths:
                 found = [next(x.summary for x in results[name].lengths if x.tokens == tokens) for name in ENGINES]
                 (ratio,) = [
@@ -81,6 +81,10 @@ def _speed() -> str:
                 cells += [f"{ratio.ratio:.2f} times as fast [{ratio.low:.2f}, {ratio.high:.2f}]", " / ".join(peaks)]
                 lines.append(f"| {' | '.join([*cells, f'[{file.name}](docs/bench/{file.name})'])} |")
     return "\n".join(lines)
+
+
+def _megabytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 1e6:.0f} MB"
 
 
 def _cell(f1: float | None, fpr: float | None) -> str:

@@ -18,17 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convert.files import read_json, write_json, write_whole
-from convert.quantize import GROUP_SIZE, Int4Weight
+from convert.quantize import GROUP_SIZE
 from edgeguard.errors import EdgeguardError
 from edgeguard.taxonomy import HAZARDS
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import LlamaConfig, PretrainedConfig
 
     from convert.export.onnx_graph import StudentConfig
-    from edgeguard.engines.int4_weights import Weights
 
-__all__ = ["HEAD", "Student", "StudentError", "best_device", "bf16_is_fast"]
+__all__ = ["HEAD", "Student", "StudentError", "autocast", "best_device", "bf16_is_fast", "config_of"]
 
 
 class StudentError(EdgeguardError):
@@ -81,6 +80,14 @@ class Student(nn.Module):
                 student.head.weight[labels.index(label)] = unembedding[token]
         return student
 
+    @classmethod
+    def of_shape(cls, shape: StudentConfig, labels: tuple[str, ...] = HEAD) -> Student:
+        """Random weights of the shape that a container holds."""
+        student = cls(config_of(shape, attn_implementation=_attention()), labels)
+        if shape.rope_factors is not None:
+            student.model.rotary_emb.inv_freq /= torch.tensor(shape.rope_factors)
+        return student
+
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The final hidden state [batch, hidden] of each row's last real token."""
         states: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -99,13 +106,6 @@ class Student(nn.Module):
     def numpy_weights(self) -> dict[str, np.ndarray]:
         """All weights as float32 arrays under their Hugging Face names, plus ``head.weight`` and ``head.bias``."""
         return {name: tensor.detach().float().numpy() for name, tensor in self.state_dict().items()}
-
-    @torch.no_grad()
-    def with_weights(self, weights: Weights) -> Student:
-        """This student with ``weights``, under the names of :meth:`numpy_weights`, INT4 ones as float32; in place."""
-        values = {n: w.dequantize() if isinstance(w, Int4Weight) else np.asarray(w) for n, w in weights.items()}
-        self.load_state_dict({name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()})
-        return self
 
     def onnx_config(self, max_tokens: int) -> StudentConfig:
         """The shape that every container is built from.
@@ -182,6 +182,31 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def config_of(shape: StudentConfig, **changes: object) -> LlamaConfig:
+    """The Llama of transformers that has this shape; RoPE factors are for the caller to divide its frequencies by."""
+    from transformers import LlamaConfig
+
+    fields: dict[str, object] = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_theta,
+        "max_position_embeddings": shape.max_tokens,
+        "use_cache": False,
+    }
+    return LlamaConfig(**{**fields, **changes})
+
+
+def autocast(device: torch.device, *, bf16: bool = True) -> torch.autocast:
+    """Compute in bfloat16 on ``device``, where that is asked for and fast there."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and bf16_is_fast(device))
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from convert.distill import (  # noqa: E402
     score,
     teacher_loss,
 )
-from convert.student import Student, bf16_is_fast  # noqa: E402
+from convert.student import Student, autocast  # noqa: E402
 from edgeguard.taxonomy import HAZARDS  # noqa: E402
 
 if TYPE_CHECKING:
@@ -129,8 +129,7 @@ def test_qat_loss_is_zero_at_its_target_only() -> None:
     other.head.load_state_dict(target.head.state_dict())
     batch = collate(_examples(8), 0)
     loss = qat_loss(target, hidden_weight=0.1, label_weight=0.0, hazard_weight=0.3)
-    enabled = bf16_is_fast(torch.device("cpu"))  # as the trainer computes here
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+    with torch.no_grad(), autocast(torch.device("cpu")):  # as the trainer computes here
         hazards = torch.nn.functional.binary_cross_entropy_with_logits
         wanted = target(batch.ids, batch.mask)[:, 2:]
         entropy = hazards(wanted, wanted.sigmoid())  # cross entropy does not fall below the target's own entropy
@@ -142,7 +141,7 @@ def test_qat_loss_adds_the_labels_by_their_weight() -> None:
     target, student = _student(), _student(1)
     torch.nn.init.normal_(target.head.weight)
     batch = collate(_examples(8), 0)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast(torch.device("cpu"))):
+    with torch.no_grad(), autocast(torch.device("cpu")):
         without, half = (
             float(qat_loss(target, hidden_weight=0.1, label_weight=w, hazard_weight=0.3)(student, batch))
             for w in (0.0, 0.5)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convert.batches import Batch, Example, collate
 from convert.fake_quant import enable_qat
-from convert.gptq import GptqError, gptq, load_int4
+from convert.gptq import GptqError, gptq, load_weights
 from convert.quantize import Int4Weight, quantize_int4
 from convert.smoke import llama_config
 from convert.student import Student
@@ -78,7 +78,7 @@ def inputs_of_linears(student: Student, batches: list[Batch]) -> dict[str, Tenso
 def test_every_linear_loses_clearly_less_than_by_rounding_to_nearest(
     student: Student, batches: list[Batch], rounded: dict[str, Int4Weight]
 ) -> None:
-    inputs = inputs_of_linears(load_int4(copy.deepcopy(student), rounded), batches)
+    inputs = inputs_of_linears(load_weights(copy.deepcopy(student), rounded), batches)
     assert inputs.keys() == set(linear_names(student))
     for name, x in inputs.items():
         weight = student.get_parameter(name).detach()
@@ -95,7 +95,7 @@ def test_logits_stay_closer_than_by_rounding_to_nearest(
     nearest = {name: quantize_int4(student.numpy_weights()[name]) for name in rounded}
     wanted, by_gptq, by_nearest = (
         torch.cat([model(b.ids, b.mask) for b in batches]).detach()
-        for model in (student, *(load_int4(copy.deepcopy(student), w) for w in (rounded, nearest)))
+        for model in (student, *(load_weights(copy.deepcopy(student), w) for w in (rounded, nearest)))
     )
     assert (by_gptq - wanted).square().mean() < (by_nearest - wanted).square().mean()
 
@@ -128,7 +128,7 @@ def test_student_is_left_as_it_was(student: Student, batches: list[Batch]) -> No
 
 
 def test_loading_changes_the_rounded_weights_and_no_other(student: Student, rounded: dict[str, Int4Weight]) -> None:
-    loaded = load_int4(copy.deepcopy(student), rounded).numpy_weights()
+    loaded = load_weights(copy.deepcopy(student), rounded).numpy_weights()
     for name, before in student.numpy_weights().items():
         expected = rounded[name].dequantize() if name in rounded else before
         assert np.array_equal(loaded[name], expected), name
@@ -183,6 +183,6 @@ def test_what_cannot_be_rounded_is_refused(student: Student, batches: list[Batch
 def test_loading_refuses_what_does_not_fit(student: Student, rounded: dict[str, Int4Weight]) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     with pytest.raises(ValueError, match="no such weight"):
-        load_int4(student, {"model.layers.9.self_attn.q_proj.weight": rounded[name]})
+        load_weights(student, {"model.layers.9.self_attn.q_proj.weight": rounded[name]})
     with pytest.raises(ValueError, match="q_proj"):
-        load_int4(student, {name: rounded["model.layers.0.mlp.down_proj.weight"]})
+        load_weights(student, {name: rounded["model.layers.0.mlp.down_proj.weight"]})

@@ -15,7 +15,7 @@ from convert.distill import score
 from convert.export.int8_graph import export_int8
 from convert.export.onnx import compare_logits, export_onnx
 from convert.fake_quant import bake_int4
-from convert.gptq import load_int4
+from convert.gptq import load_weights
 from convert.student import Student
 from edgeguard.errors import EdgeguardError, ParityError
 
@@ -60,7 +60,7 @@ def export_containers(
     weights: Weights = {**student.numpy_weights(), **integers}
     config, labels = student.onnx_config(max_tokens), student.labels
     bake_int4(student.model)
-    load_int4(student, integers)
+    load_weights(student, integers)
     reference = score(student, samples, pad_id, bf16=False)
     checked = (reference, batch.ids.numpy(), batch.mask.numpy())
     click.echo("onnx ...", err=True)

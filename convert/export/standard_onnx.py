@@ -32,6 +32,7 @@ from onnx import TensorProto, helper, numpy_helper
 from convert.export.onnx import save_checked
 from convert.export.onnx_graph import StudentConfig, Weights, check_weights, with_metadata
 from convert.quantize import GROUP_SIZE, Int4Weight, as_int4
+from edgeguard.engines.int4_weights import as_float32
 from edgeguard.errors import EdgeguardError
 
 if TYPE_CHECKING:
@@ -85,14 +86,10 @@ def build_standard_graph(weights: Weights, config: StudentConfig, *, labels: Seq
         if name.endswith("_proj.weight"):
             graph.replace_linear(traced_name, as_int4(weights[name]))
         elif name.endswith("norm.weight"):
-            graph.replace_norm(traced_name, _float(weights[name]))
+            graph.replace_norm(traced_name, as_float32(weights[name]))
     graph.replace_embedding("embed_tokens.weight", as_int4(weights["model.embed_tokens.weight"]))
-    graph.add_head(_float(weights["head.weight"]), _float(weights["head.bias"]))
+    graph.add_head(as_float32(weights["head.weight"]), as_float32(weights["head.bias"]))
     return with_metadata(graph.model(config.head_size), labels, config)
-
-
-def _float(weight: NDArray[Any] | Int4Weight) -> NDArray[np.float32]:
-    return weight.dequantize() if isinstance(weight, Int4Weight) else np.asarray(weight, np.float32)
 
 
 def _traced(config: StudentConfig) -> onnx.ModelProto:
@@ -128,7 +125,9 @@ def _stand_in(config: StudentConfig) -> nn.Module:
     """A LlamaModel of this shape whose linears hold one number each; every number is another, so none are merged."""
     import torch
     from torch import nn
-    from transformers import LlamaConfig, LlamaModel
+    from transformers import LlamaModel
+
+    from convert.student import config_of
 
     class StandIn(nn.Module):
         """``x`` [..., K] -> [..., N] with a weight [1, 1] that the graph expands to [K, N]."""
@@ -141,20 +140,8 @@ def _stand_in(config: StudentConfig) -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.weight.expand(*self.shape)
 
-    shape = LlamaConfig(
-        vocab_size=TRACED_VOCABULARY,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
-        max_position_embeddings=config.max_tokens,
-        use_cache=False,
-        attn_implementation="eager",  # half the nodes of the fused kernel's decomposition
-    )
+    # Eager attention has half the nodes of the fused kernel's decomposition.
+    shape = config_of(config, vocab_size=TRACED_VOCABULARY, attn_implementation="eager")
     with torch.device("meta"):
         model = LlamaModel(shape)
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]

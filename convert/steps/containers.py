@@ -20,7 +20,7 @@ INTEGERS = "int4.npz"
 def gptq(recipe: Recipe) -> Path:
     """Step ``gptq``: the float32 student, turned or as it is, rounded with GPTQ; and ``int4.npz``, its integers."""
     from convert.gptq import gptq as round_with_gptq
-    from convert.gptq import load_int4
+    from convert.gptq import load_weights
     from convert.rotate import rotate_residual
     from convert.student import Student
 
@@ -33,7 +33,7 @@ def gptq(recipe: Recipe) -> Path:
             rotate_residual(student)
         integers = round_with_gptq(student, sample_batches(rows, source))
         write_int4(folder / INTEGERS, integers)
-        load_int4(student, integers).save(folder)
+        load_weights(student, integers).save(folder)
     return folder
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from convert.batches import Example
     from convert.student import Student
 
-__all__ = ["blend_targets", "qat", "smoothing", "student", "train"]
+__all__ = ["SMOOTHING_ROWS", "blend_targets", "qat", "smoothing", "student", "train"]
 
 SMOOTHING_ROWS = 300  # of the mix, whose activations are measured
 
@@ -45,37 +45,41 @@ def student(recipe: Recipe) -> Path:
 
     Raises RecipeError for a bundle that is not the recipe's, StudentError for one of another shape or vocabulary.
     """
-    from convert.prune import block_importance, keep_layers, keep_neurons, neuron_importance
-    from convert.student import HEAD, Student
-
     if recipe.start:
         return train(recipe.start)
     folder, table = recipe.build / "student", recipe.student
     source = trimmed_base(recipe)
     inputs = {"student": table, "base": recipe.base, "data": data_sha256(recipe)}
-    if "start_bundle" in table:
-        if not is_made(folder / "student.safetensors", inputs, folder):
-            _student_of_bundle(recipe, source).save(folder)
-        return folder
     if not is_made(folder / "student.safetensors", inputs, folder):
-        by_importance = table.get("choose_layers", "lowest") == "importance"
-        ids = {label: target_token(source, text) for label, text in table.get("target_tokens", {}).items()}
-        made = Student.from_base(source, None if by_importance else table["layers"], HEAD, ids)
-        made.onnx_config(table["max_tokens"])  # what no container can hold is refused before training
-        if by_importance or "intermediate_size" in table:
-            rows = read_examples(recipe, "train", table["max_tokens"], source)
-            calibration = sample_batches(spread(rows, table["samples"]), source)
-        if by_importance:
-            importance = block_importance(made, calibration)
-            keep_layers(made, importance.topk(table["layers"]).indices.tolist())
-        if "intermediate_size" in table:
-            keep_neurons(made, neuron_importance(made, calibration), table["intermediate_size"])
+        made = _of_start_bundle(recipe, source) if "start_bundle" in table else _cut(recipe, source)
         made.save(folder)
     return folder
 
 
-def _student_of_bundle(recipe: Recipe, source: Path) -> Student:
-    """The student in a bundle: its INT4 weights as float32, to be trained on."""
+def _cut(recipe: Recipe, source: Path) -> Student:
+    """The base in ``source`` with fewer layers and neurons, as [student] says."""
+    from convert.prune import block_importance, keep_layers, keep_neurons, neuron_importance
+    from convert.student import HEAD, Student
+
+    table = recipe.student
+    by_importance = table.get("choose_layers", "lowest") == "importance"
+    ids = {label: target_token(source, text) for label, text in table.get("target_tokens", {}).items()}
+    made = Student.from_base(source, None if by_importance else table["layers"], HEAD, ids)
+    made.onnx_config(table["max_tokens"])  # what no container can hold is refused before training
+    if by_importance or "intermediate_size" in table:
+        rows = read_examples(recipe, "train", table["max_tokens"], source)
+        calibration = sample_batches(spread(rows, table["samples"]), source)
+    if by_importance:
+        importance = block_importance(made, calibration)
+        keep_layers(made, importance.topk(table["layers"]).indices.tolist())
+    if "intermediate_size" in table:
+        keep_neurons(made, neuron_importance(made, calibration), table["intermediate_size"])
+    return made
+
+
+def _of_start_bundle(recipe: Recipe, source: Path) -> Student:
+    """The student in the bundle that [student] names, its INT4 weights as float32, to be trained on."""
+    from convert.gptq import load_weights
     from convert.student import Student, StudentError
 
     wanted = recipe.student["start_bundle"]
@@ -93,7 +97,7 @@ def _student_of_bundle(recipe: Recipe, source: Path) -> Student:
     made = Student.from_base(source, recipe.student["layers"], held.labels or bundle.manifest.head)
     if (shape := made.onnx_config(max_tokens)) != replace(held.config, max_tokens=max_tokens):
         raise StudentError(f"{bundle.label} holds {held.config}, [base] and [student] say {shape}.")
-    return made.with_weights(held.weights)
+    return load_weights(made, held.weights)
 
 
 def train(recipe: Recipe) -> Path:

@@ -132,10 +132,9 @@ def transformers_config(config: StudentConfig, labels: tuple[str, ...], pad_id: 
 
 def _write_shards(student: OnnxStudent, target: Path) -> None:
     """Dequantize weight by weight and write them in files of a bounded size, so that memory stays bounded too."""
-    import numpy as np
     from safetensors.numpy import save_file
 
-    from edgeguard.engines.int4_weights import Int4Weight
+    from edgeguard.engines.int4_weights import as_float32
 
     where: dict[str, str] = {}
     shard: dict[str, Any] = {}
@@ -150,8 +149,7 @@ def _write_shards(student: OnnxStudent, target: Path) -> None:
     for name, weight in student.weights.items():
         if name == "head.bias":
             continue
-        values = weight.dequantize() if isinstance(weight, Int4Weight) else np.asarray(weight, np.float32)
-        shard["score.weight" if name == "head.weight" else name] = values
+        shard["score.weight" if name == "head.weight" else name] = as_float32(weight)
         if sum(value.nbytes for value in shard.values()) >= SHARD_BYTES:
             flush()
     flush()

@@ -24,6 +24,7 @@ __all__ = [
     "Int4Weight",
     "StudentConfig",
     "Weights",
+    "as_float32",
     "check_shape",
     "check_weights",
     "shortest",
@@ -117,6 +118,11 @@ class Int4Weight:
 
 
 Weights = Mapping[str, NDArray[Any] | Int4Weight]
+
+
+def as_float32(weight: NDArray[Any] | Int4Weight) -> NDArray[np.float32]:
+    """The values of a weight of any shape, in float32: an INT4 one is dequantized."""
+    return weight.dequantize() if isinstance(weight, Int4Weight) else np.asarray(weight, np.float32)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeguard.engines.int4_weights import Int4Weight, StudentConfig, Weights
+from edgeguard.engines.int4_weights import StudentConfig, Weights, as_float32
 
 __all__ = [
     "Prefix",
@@ -122,7 +122,7 @@ def quantize_weights(weights: Weights, config: StudentConfig) -> dict[str, Quant
     for name in config.shapes():
         if len(config.shapes()[name]) == 1:
             continue
-        values = _float(weights[name])
+        values = as_float32(weights[name])
         if name == "model.embed_tokens.weight":
             table = Range.of(float(values.min()), float(values.max()))
             quantized[name] = Quantized(table.quantize(values), np.array(table.scale, np.float32), table.zero_point)
@@ -212,7 +212,7 @@ class _QnnGraph:
         x = self._norm(x, "model.norm.weight", "normed")
         x = self._move("Reshape", [x, self._shape("row", [1, cfg.hidden_size])], "row")
         x = self._linear(x, "head.weight", "head.product")
-        self._node("Add", [x, self._constant("head.bias", _float(self.weights["head.bias"]))], "logits")
+        self._node("Add", [x, self._constant("head.bias", as_float32(self.weights["head.bias"]))], "logits")
 
     def _tables(self) -> None:
         """Cosine, sine [1, 1, n, head_dim / 2] of the n tokens that are computed; mask [1, 1, groups * n, length]."""
@@ -239,7 +239,7 @@ class _QnnGraph:
     def _embedding(self) -> str:
         name = "model.embed_tokens.weight"
         if self.ranges is None:
-            self._initializer(name, _float(self.weights[name]))
+            self._initializer(name, as_float32(self.weights[name]))
         else:
             table = self.quantized[name]
             steps = [self._initializer(f"{name}.scale", table.scales), self._zero(name, table.zero_point)]
@@ -260,7 +260,7 @@ class _QnnGraph:
         return self._move("Gather", [x, "last"], "last_row", axis=1)
 
     def _norm(self, x: str, weight: str, name: str) -> str:
-        gamma = _float(self.weights[weight])
+        gamma = as_float32(self.weights[weight])
         scale = self._constant(weight, gamma, Range.of(float(gamma.min()), float(gamma.max())))
         return self._node("RMSNormalization", [x, scale], name, axis=-1, epsilon=self.config.rms_norm_eps)
 
@@ -328,7 +328,7 @@ class _QnnGraph:
     def _matrix(self, name: str) -> str:
         """[K, N]: float32, or INT8 with its scales."""
         if self.ranges is None:
-            values = _float(self.weights[name]).T
+            values = as_float32(self.weights[name]).T
             factor = np.float32(self.config.head_dim**-0.5 if name.endswith("q_proj.weight") else 1)
             return self._initializer(name, values * factor)
         held = self.quantized[name]
@@ -418,7 +418,3 @@ class _QnnGraph:
     def _add(self, op: str, inputs: list[str], *names: str, **attributes: Any) -> str:  # noqa: ANN401 - as above
         self.nodes.append(helper.make_node(op, inputs, list(names), name=f"{names[0]}/{op}", **attributes))
         return names[0]
-
-
-def _float(weight: NDArray[Any] | Int4Weight) -> NDArray[np.float32]:
-    return weight.dequantize() if isinstance(weight, Int4Weight) else np.asarray(weight, np.float32)
