@@ -67,6 +67,7 @@ for _name, _help in {
     "evaluate": "Calibrate, choose operating points, measure every test set.",
     "package": "Write the bundle, its card, report and plots.",
     "run": "All steps in order.",
+    "renew": "Make and measure the packaged bundle's INT8 files anew, from its INT4 weights; all else stays.",
 }.items():
     _step(_name, _help)
 

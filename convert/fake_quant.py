@@ -2,7 +2,8 @@
 
 Weights go through the INT4 grid of :mod:`convert.quantize`, value for value (fp16 scales included), activations through
 INT8 with one scale a token; both gradients pass straight through, as in Bengio et al. 2013 (arXiv 1308.3432). An
-activation is divided by its own row's largest magnitude, so nothing is clipped and no gradient is masked.
+activation is divided by its own row's largest magnitude, so nothing is clipped and no gradient is masked. What
+``down_proj`` reads is turned while it is rounded, as :mod:`edgeguard.engines.int8` does.
 
 Cost decides the shape of this file, since it runs in every step: a weight is rounded in float32 in slices that stay in
 the processor's cache and is written once, in the type that autocast wants; the projections that read the same input
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from convert.quantize import GROUP_SIZE
 from convert.smoothing import row_of
+from edgeguard.engines.int8 import TURNED_BLOCK, hadamard
 
 __all__ = [
     "QatEmbedding",
@@ -61,9 +63,13 @@ def fake_quant_activation(x: Tensor, dtype: torch.dtype | None = None) -> Tensor
 class SharedActivation:
     """Fake quantization of one input for all linears that read it: computed for the first, kept for the others."""
 
-    def __init__(self, shift: Tensor | None = None) -> None:
-        """Nothing is kept yet. ``shift``: [K], the input is divided by two to it while it is rounded."""
+    def __init__(self, shift: Tensor | None = None, *, turned: bool = False) -> None:
+        """Nothing is kept yet.
+
+        ``shift``: [K], the input is divided by two to it while it is rounded; ``turned``: blocks of 16 are turned then.
+        """
         self._factor = None if shift is None else torch.exp2(shift.float())
+        self._turned = turned
         self._key: tuple[Any, ...] | None = None
         self._result: Tensor | None = None
 
@@ -72,7 +78,9 @@ class SharedActivation:
         source = self._key[0]() if self._key else None
         key = (None if x.is_inference() else x._version, dtype, torch.is_grad_enabled())
         if source is not x or self._key is None or self._key[1:] != key or self._result is None:
-            if self._factor is None:
+            if self._turned:
+                self._result = (_turn(fake_quant_activation(_turn(x.float()))) / TURNED_BLOCK).to(dtype)
+            elif self._factor is None:
                 self._result = fake_quant_activation(x, dtype)
             else:  # powers of two: exact in every type
                 factor = self._factor.to(x.device, x.dtype)
@@ -142,7 +150,8 @@ def enable_qat(
                 setattr(parent, name, QatEmbedding(child))
         for group in _groups([name for name, child in children.items() if type(child) is nn.Linear]):
             shift = (shifts or {}).get(row_of(f"{path}.{group[0]}"))
-            shared = SharedActivation(None if shift is None else torch.from_numpy(shift)) if activations else None
+            exponents = None if shift is None else torch.from_numpy(shift)
+            shared = SharedActivation(exponents, turned=group == ["down_proj"]) if activations else None
             for name in group:
                 setattr(parent, name, QatLinear(children[name], shared, last=name == group[-1]))
     return model
@@ -182,6 +191,13 @@ def _groups(names: list[str]) -> list[list[str]]:
     groups = [[name for name in siblings if name in names] for siblings in SIBLINGS]
     known = {name for siblings in SIBLINGS for name in siblings}
     return [group for group in groups if group] + [[name] for name in names if name not in known]
+
+
+def _turn(x: Tensor) -> Tensor:
+    """Blocks of 16 of the last axis times a Hadamard matrix: sixteen times ``x`` when done twice."""
+    with torch.autocast(x.device.type, enabled=False):
+        matrix = torch.from_numpy(hadamard()).to(x.device)
+        return (x.reshape(*x.shape[:-1], -1, TURNED_BLOCK) @ matrix).reshape(x.shape)
 
 
 Rounding = Callable[[Tensor, Tensor], None]

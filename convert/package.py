@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.export.int8_graph import INT8_GRAPH, INT8_PLAN
+from convert.export.int8_graph import INT8_FILES, INT8_GRAPH
 from convert.recipe import Recipe
 from convert.student import HEAD
 from edgeguard.bundle import sha256_of
@@ -45,10 +45,10 @@ def make_manifest(
     data_sha256: str,
 ) -> dict[str, Any]:
     """The manifest of the files in ``folder`` (``model.onnx``, ``tokenizer.json``)."""
-    engines = {"model.onnx": "onnx", INT8_GRAPH: INT8_ENGINE, INT8_PLAN: None, "tokenizer.json": None}
+    engines = {"model.onnx": "onnx", INT8_GRAPH: INT8_ENGINE}
     files = {
-        name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size, "engine": engine}
-        for name, engine in engines.items()
+        name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size, "engine": engines.get(name)}
+        for name in ("model.onnx", *INT8_FILES, "tokenizer.json")
     }
     return {
         "format": FORMAT,

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from convert.corpora.registry import Row, get_set
 from convert.evaluate import (
     POLICY,
+    Fitted,
     MeasuredStage,
     hazard_recall,
     label_calibration,
@@ -45,10 +47,12 @@ __all__ = [
     "RecordError",
     "StageKind",
     "check_comparable",
+    "check_rows",
     "common_sets",
     "describe_sets",
     "losses",
     "make_report",
+    "renew_int8",
     "roads_table",
     "rows_sha256",
     "set_title",
@@ -166,24 +170,66 @@ def make_report(
         "int4_loss": mean_lost(stages[REFERENCE]["sets"], stages[SHIPPED]["sets"], POINT),
         "lost": losses(stages, road=road),
         "roads": roads_table(stages, road=road),
-        "int8": _int8_against_int4(shipped, by_name[INT8], tests) if INT8 in by_name else None,
+        "int8": (
+            _int8_against_int4(shipped.logits, by_name[INT8].logits, shipped.fitted, tests) if INT8 in by_name else None
+        ),
         "hazards": hazard_recall(tests[hazard_set], shipped.logits[hazard_set], shipped.fitted, POINT),
         "labels": label_calibration(calibration, shipped.held_back, shipped.fitted),
         "worst": worst_mistakes(own, shipped.logits, shipped.fitted, POINT),
     }
 
 
-def _int8_against_int4(int4: MeasuredStage, int8: MeasuredStage, tests: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """What computing in INT8 changes, over all rows that both measured, with the calibration that ships for both."""
-    names = [name for name in int4.logits if name in int8.logits]
+def check_rows(report: Mapping[str, Any], tests: Mapping[str, Sequence[Row]], calibration: Sequence[Row]) -> None:
+    """Raise RecordError unless ``report`` was made on these very rows."""
+    for called, found, wanted in (
+        ("test rows", describe_sets(tests), report["data"]),
+        ("calibration rows", rows_sha256(calibration), report["calibration_data"]["sha256"]),
+    ):
+        if found != wanted:
+            raise RecordError(
+                f"the report was made on other {called}. Measure every stage (python -m convert evaluate)."
+            )
+
+
+def renew_int8(
+    report: dict[str, Any],
+    int8: MeasuredStage,
+    int4_logits: Mapping[str, NDArray[Any]],
+    fitted: Fitted,
+    tests: Mapping[str, Sequence[Row]],
+    *,
+    road: str,
+) -> None:
+    """Put a new stage of INT8 compute into a report of :func:`make_report`, in place; the other stages stay.
+
+    ``int4_logits``: of the shipped file, [n, K] by set of ``tests``; ``fitted``: what it ships with. The rows must be
+    those of the report (:func:`check_rows`).
+    """
+    stages = {**report["stages"], INT8: _entry(int8, report["data"], report["calibration_data"]["sha256"])}
+    report["stages"] = {name: stages[name] for name in STAGES if name in stages}
+    report["lost"] = losses(report["stages"], road=road)
+    report["int8"] = _int8_against_int4(int4_logits, int8.logits, fitted, tests)
+
+
+def _int8_against_int4(
+    int4: Mapping[str, NDArray[Any]],
+    int8: Mapping[str, NDArray[Any]],
+    fitted: Fitted,
+    tests: Mapping[str, Sequence[Row]],
+) -> dict[str, Any]:
+    """What computing in INT8 changes, over all rows that both judged, with the calibration that ships for both.
+
+    ``int4``, ``int8``: logits [n, K] by set.
+    """
+    names = [name for name in int4 if name in int8]
     rows = [row for name in names for row in tests[name]]
-    logits = [np.concatenate([stage.logits[name] for name in names]) for stage in (int4, int8)]
-    sets = {name: measure_set(tests[name], int8.logits[name], int4.fitted) for name in names}
+    logits = [np.concatenate([stage[name] for name in names]) for stage in (int4, int8)]
+    before, sets = ({name: measure_set(tests[name], stage[name], fitted) for name in names} for stage in (int4, int8))
     return {
-        **verdict_parity(rows, logits[0], logits[1], int4.fitted, POINT),
+        **verdict_parity(rows, logits[0], logits[1], fitted, POINT),
         "sets": sets,
-        "f1_lost": mean_lost(int4.sets, sets, POINT),
-        "auprc_lost": mean_lost(int4.sets, sets, POINT, "auprc"),
+        "f1_lost": mean_lost(before, sets, POINT),
+        "auprc_lost": mean_lost(before, sets, POINT, "auprc"),
     }
 
 

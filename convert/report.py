@@ -334,10 +334,11 @@ def _int8(found: Mapping[str, Any] | None) -> str:
     names = dict.fromkeys(name for entry in lost.values() for name in entry["by_set"])
     rows = [[set_title(name), *(points(entry["by_set"].get(name)) for entry in lost.values())] for name in names]
     rows.append(["**mean** (sets)", *(f"**{points(entry['mean'])}** ({entry['sets']})" for entry in lost.values())])
+    command = f" Measured by `{found['command']}`." if "command" in found else ""  # where it was not the whole record's
     return (
         f"Over {found['rows']} rows the margin differs by {found['mean_abs_diff']:.4f} in the mean and "
-        f"{found['max_abs_diff']:.3f} at most; {found['agreement']:.4f} of the decisions at `{POINT}` are the same. "
-        f"Points lost, by set:\n\n{_table(['set', *lost], rows)}"
+        f"{found['max_abs_diff']:.3f} at most; {found['agreement']:.4f} of the decisions at `{POINT}` are the same."
+        f"{command} Points lost, by set:\n\n{_table(['set', *lost], rows)}"
     )
 
 

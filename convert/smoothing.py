@@ -3,7 +3,8 @@
 A column of a matrix is multiplied by s, what it reads is divided by s: the product is the same, and both sides round
 better. s = max|x|^a / max|w|^(1 - a) of the column, over a sample of real rows (SmoothQuant, arXiv 2211.10438), here as
 a power of two, so that nothing is rounded by the move itself. The division costs nothing at run time: it goes into the
-norm's weights, or into the rows of the matrix before.
+weights of the norm before. What ``down_proj`` reads comes from no norm, and is turned instead
+(:mod:`edgeguard.engines.int8`).
 
 How much to move differs: a matrix whose large columns end in few outputs takes what one that spreads them over all
 outputs does not. So each row's strength a is the one that rounds its products best on a sample, or none at all.
@@ -29,11 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Inputs", "inputs_of", "row_of", "smoothing_shifts"]
 
-# What reads one and the same row: the norm's output before attention and before the MLP, and the gated product.
+# What reads one and the same row: the norm's output before attention and before the MLP.
 READERS = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
 }
 # The norm that writes such a row.
 WRITERS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
@@ -83,7 +83,7 @@ def inputs_of(student: Student, batches: Iterable[Batch]) -> dict[str, Inputs]:
 
 
 def smoothing_shifts(inputs: Mapping[str, Inputs], weights: Weights) -> dict[str, NDArray[np.int8]]:
-    """Exponents int8 [K] of two, by ``layers.I.KIND``: what each column is multiplied by."""
+    """Exponents int8 [K] of two, by ``layers.I.KIND``, that columns are multiplied by; no entry where none is best."""
     shifts = {}
     for name, read in inputs.items():
         _, index, kind = name.split(".")
@@ -91,7 +91,9 @@ def smoothing_shifts(inputs: Mapping[str, Inputs], weights: Weights) -> dict[str
         matrix = np.concatenate(readers)
         candidates = [_shift(read.largest, np.abs(matrix).max(axis=0), strength) for strength in STRENGTHS]
         candidates.insert(0, np.zeros_like(candidates[0]))
-        shifts[name] = min(candidates, key=partial(_squared_error, read.sample, matrix))
+        chosen = min(candidates, key=partial(_squared_error, read.sample, matrix))
+        if chosen.any():
+            shifts[name] = chosen
     return shifts
 
 
@@ -122,6 +124,6 @@ def row_of(name: str) -> str:
     """
     parts = name.removeprefix("model.").removesuffix(".weight").split(".")
     for kind, readers in READERS.items():
-        if parts[0] == "layers" and ".".join(parts[2:]) in (*readers, WRITERS.get(kind)):
+        if parts[0] == "layers" and ".".join(parts[2:]) in (*readers, WRITERS[kind]):
             return f"layers.{parts[1]}.{kind}"
     return ""

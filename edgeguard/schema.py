@@ -85,6 +85,13 @@ def number(value: object, where: str, *, low: float = -1e9, high: float = 1e9, a
     return float(value)  # type: ignore[arg-type]
 
 
+def boolean(value: object, where: str) -> bool:
+    """True or false, and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        fail(where, "true or false", value)
+    return value
+
+
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:

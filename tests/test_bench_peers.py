@@ -28,7 +28,8 @@ from edgeguard.engines import ENGINES  # noqa: E402
 
 # Other roundings of activations than the INT4 graph's: blocks of 32 in INT8 there, float32 or bfloat16 here.
 TOLERANCES = {"onnxruntime-int4": 1e-3, "transformers-fp32": 0.05, "transformers-bf16": 0.2, "optimum-ort": 0.05}
-SHAPE_FILES = ("manifest.json", "model.int8.json", "model.int8.onnx", "model.onnx", "tokenizer.json")
+UNSIGNED = "model.int8.unsigned.onnx"
+SHAPE_FILES = ("manifest.json", "model.int8.json", "model.int8.onnx", UNSIGNED, "model.onnx", "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_a_shape_runs_on_every_engine(tmp_path: Path) -> None:
     record = bench_record(tmp_path / "r.json", "--shape", "tiny", "--tokens", "32", "--turn", "40")
     assert [(result.name, result.used) for result in record.results] == [(name, name) for name in names]
     sizes = {file.name: file.stat().st_size for file in (tmp_path / "cache").glob("shape-tiny-*/*")}
-    shared = sizes["tokenizer.json"] + sizes["model.int8.json"]
+    shared = sizes["tokenizer.json"] + sizes["model.int8.json"] + sizes[UNSIGNED]
     files = {"onnx": ["model.onnx"], "onnx-int8": ["model.onnx", "model.int8.onnx"], "gguf": ["model.onnx"]}
     reference = margins(record.results[0])
     assert np.ptp(reference) > 0.4

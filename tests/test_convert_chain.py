@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from convert_support import write_recipe
-from tiny import refresh_files
+from tiny import edit_manifest, refresh_files
 
 torch = pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
 pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
@@ -23,8 +23,10 @@ from convert.__main__ import main  # noqa: E402
 from convert.base import plain_tokenizer_json  # noqa: E402
 from convert.corpora.registry import CorpusError  # noqa: E402
 from convert.export.onnx_graph import build_guard_graph  # noqa: E402
+from convert.gptq import load_weights  # noqa: E402
 from convert.quantize import quantize_int4  # noqa: E402
 from convert.recipe import Recipe, RecipeError, load_recipe  # noqa: E402
+from convert.record import RecordError  # noqa: E402
 from convert.smoke import requests, row, write_base, write_data, write_sets  # noqa: E402
 from convert.steps.data import read_examples  # noqa: E402
 from convert.steps.training import blend_targets  # noqa: E402
@@ -89,6 +91,46 @@ def test_card_plots_and_records_are_in_the_bundle(recipe: Recipe) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["provenance"]["recipe_sha256"] == recipe.sha256
     assert manifest["provenance"]["data_sha256"] == json.loads((folder / "data_manifest.json").read_text())["sha256"]
+
+
+def test_int8_files_are_made_and_measured_anew(recipe: Recipe, world: dict[str, Path], tmp_path: Path) -> None:
+    """Of a bundle as an older version left it; its weights and the figures of its other stages stay."""
+    models = tmp_path / "models"
+    bundle = Path(shutil.copytree(recipe.models / recipe.name, models / recipe.name))
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    report = json.loads(before["report.json"])
+    for name in ("model.int8.onnx", "model.int8.json"):
+        (bundle / name).write_bytes(b"old")
+    (bundle / "model.int8.unsigned.onnx").unlink()
+    edit_manifest(bundle, lambda manifest: manifest["files"].pop("model.int8.unsigned.onnx"))
+    refresh_files(bundle)
+    newer = tmp_path / "tiny.toml"
+    newer.write_text(world["recipe"].read_text().replace('version = "0.0.1"', 'version = "0.0.2"'))
+    paths = {"build": world["build"], "models": models, "data": world["data"]}
+    result = CliRunner().invoke(main, ["renew", str(newer), *_options(paths)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert {name for name in before if (bundle / name).read_bytes() == before[name]} >= {
+        *("model.onnx", "model.int8.onnx", "model.int8.unsigned.onnx", "tokenizer.json", "curves.png")
+    }
+    found = json.loads((bundle / "report.json").read_text())
+    assert found["int8"].pop("command") == "python -m convert renew recipes/tiny.toml"
+    assert found["stages"] == report["stages"] and found["int8"] == report["int8"]
+    assert found["parity"]["student-int8-onnx"]["reference"] == "student-int4-qat"
+    assert "convert renew" in (bundle / "RECORD.md").read_text()
+    assert Guard.load(bundle, engine="onnx-int8").bundle.label.endswith("@0.0.2")
+
+
+def test_a_bundle_measured_on_other_rows_is_not_renewed(recipe: Recipe, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    bundle = Path(shutil.copytree(recipe.models / recipe.name, models / recipe.name))
+    report = json.loads((bundle / "report.json").read_text())
+    report["calibration_data"]["sha256"] = "0" * 64
+    (bundle / "report.json").write_text(json.dumps(report))
+    refresh_files(bundle)
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    with pytest.raises(RecordError, match="made on other calibration rows. Measure every stage"):
+        steps.renew(load_recipe(recipe.path, recipe.build, models))
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
 
 
 def test_finished_steps_are_kept(recipe: Recipe) -> None:
@@ -202,9 +244,9 @@ def _going_on(recipe: Recipe, folder: Path, layers: int = 2) -> tuple[Recipe, St
     start = f'start_bundle = {{ bundle = "bundle", manifest_sha256 = "{sha256_of(bundle / "manifest.json")}" }}'
     head, rest = recipe.path.read_text().split("[student]")
     (folder / "on.toml").write_text(f"{head}[student]\nlayers = {layers}\n{start}\n{rest[rest.index('max_tokens') :]}")
-    return load_recipe(
-        folder / "on.toml", _with_corpus(recipe, folder / "build"), folder / "models"
-    ), held.with_weights(integers)
+    return load_recipe(folder / "on.toml", _with_corpus(recipe, folder / "build"), folder / "models"), load_weights(
+        held, integers
+    )
 
 
 def test_training_starts_from_a_bundle(recipe: Recipe, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tiny_llama import write_llama_bundle  # noqa: E402
 from edgeguard import Guard  # noqa: E402
 from edgeguard.cache import CACHE_VARIABLE  # noqa: E402
 from edgeguard.engines import int8  # noqa: E402
+from edgeguard.engines.byte_products import byte_products_are_exact  # noqa: E402
 from edgeguard.errors import BundleError, EngineError, InputError  # noqa: E402
 
 TEXTS = ["How do I make the thing?", "the cat and the hat", "once upon a time there was a hat", "No."]
@@ -58,15 +59,18 @@ def test_another_bundle_has_weights_of_its_own(bundle: Path, cache: Path, tmp_pa
 
 
 def test_a_cpu_that_cuts_products_has_weights_of_its_own(
-    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    margins = [Guard.load(bundle, engine="onnx-int8", threads=1).classify(TEXTS[0]).margin]
-    monkeypatch.setattr(int8, "byte_products_are_exact", lambda: False)
-    monkeypatch.setattr(int8, "STEPS_WHERE_CUT", 64)
-    margins.append(Guard.load(bundle, engine="onnx-int8", threads=1).classify(TEXTS[0]).margin)
-    assert 0 < abs(margins[0] - margins[1]) < 0.5
-    folders = {path.parent.relative_to(cache).as_posix() for path in cache.rglob("*.bin")}
-    assert len(folders) == 2 and "steps-64" in folders
+    margins = []
+    for exact in (True, False) if byte_products_are_exact() else (False,):
+        monkeypatch.setattr(int8, "byte_products_are_exact", lambda exact=exact: exact)
+        margins.append(Guard.load(bundle, engine="onnx-int8", threads=1).classify(TEXTS[0]).margin)
+    assert margins == pytest.approx([margins[0]] * len(margins), abs=1e-3)  # the same integers, the same products
+    assert (cache / "unsigned").is_dir() and len(list(cache.rglob("*.bin"))) == len(margins)
+    older = Path(shutil.copytree(bundle, tmp_path / "older"))
+    edit_manifest(older, lambda manifest: manifest["files"].pop("model.int8.unsigned.onnx"))
+    with pytest.raises(BundleError, match=r"expected model.int8.unsigned.onnx, which this CPU needs"):
+        Guard.load(older, engine="onnx-int8", threads=1)
 
 
 def test_damaged_weights_are_made_again(bundle: Path, cache: Path) -> None:

@@ -23,11 +23,11 @@ from convert.export.int8_graph import INT8_GRAPH, INT8_PLAN, build_int8_graph, e
 from convert.export.onnx import export_onnx, run_onnx  # noqa: E402
 from convert.export.onnx_graph import StudentConfig, build_guard_graph  # noqa: E402
 from convert.quantize import quantize_int4  # noqa: E402
-from edgeguard.engines.int8 import STEPS, STEPS_WHERE_CUT, Matrix, Plan, to_int8, write_int8_weights  # noqa: E402
+from edgeguard.engines.byte_products import byte_products_are_exact  # noqa: E402
+from edgeguard.engines.int8 import Matrix, Plan, hadamard, to_int8, unsigned_graph, write_int8_weights  # noqa: E402
 from edgeguard.errors import BundleError, ParityError  # noqa: E402
 
 STRUCTURE_TOLERANCE = 1e-3  # the same roundings; a float that falls on the other side of a half moves a logit a little
-UNCUT = 64  # steps: 255 * 64 + 255 * 64 fits 16 bits, so that every CPU computes the same
 SHAPES = {
     "grouped heads": BASE,
     "one key-value head": changed(num_kv_heads=1),
@@ -41,29 +41,40 @@ Shifts = dict[str, np.ndarray]
 
 def random_shifts(config: StudentConfig) -> Shifts:
     """A power of two for every column that is smoothed."""
-    rng = np.random.default_rng(5)
-    sizes = {"attention": config.hidden_size, "mlp": config.hidden_size, "down": config.intermediate_size}
-    layers = range(config.num_layers)
-    return {f"layers.{i}.{k}": rng.integers(-2, 3, n).astype(np.int8) for i in layers for k, n in sizes.items()}
+    rng, layers = np.random.default_rng(5), range(config.num_layers)
+    rows = [f"layers.{layer}.{kind}" for layer in layers for kind in ("attention", "mlp")]
+    return {row: rng.integers(-2, 3, config.hidden_size).astype(np.int8) for row in rows}
 
 
 def write_model(folder: Path, weights: Weights, config: StudentConfig = BASE, shifts: Shifts | None = None) -> Path:
-    """``model.onnx``, its INT8 graph and plan in ``folder``, with the file of weights that a machine would make."""
+    """``model.onnx`` and its INT8 files in ``folder``, with the weights of the graph that is returned.
+
+    It is the one of unsigned weights, which computes the same on every CPU.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ids, mask = sample(LENGTHS, config)
     reference = run(build_guard_graph(weights, config), ids, mask)
     export_onnx(weights, config, folder / "model.onnx", reference, ids, mask, tolerance=0.1)
     export_int8(folder / "model.onnx", reference, ids, mask, tolerance=20 if shifts else 1, shifts=shifts or {})
-    write_int8_weights(folder / INT8_PLAN, folder, UNCUT)
-    return folder / INT8_GRAPH
+    write_int8_weights(folder / INT8_PLAN, folder, unsigned=True)
+    return unsigned_graph(folder / INT8_GRAPH)
 
 
-def int8_values(weight: np.ndarray, shift: np.ndarray) -> np.ndarray:
+def int8_values(name: str, weight: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """What the INT8 file stands for, worked out apart: rows of the shifted INT4 values on a grid of their own."""
-    values = quantize_int4(weight).dequantize() * power(shift)
-    scale = np.abs(values).max(axis=1, keepdims=True) / np.float32(UNCUT)  # -4 of -8 is a tie: float32 as in the file
-    rounded: np.ndarray = np.rint(values / scale) * scale / power(shift)
+    values = turn(name, quantize_int4(weight).dequantize() * power(shift)) / (16 if "down_proj" in name else 1)
+    scale = np.abs(values).max(axis=1, keepdims=True) / np.float32(127)  # -4 of -8 is a tie: float32 as in the file
+    rounded: np.ndarray = turn(name, np.rint(values / scale) * scale) / power(shift)
     return rounded
+
+
+def turn(name: str, x: Any) -> Any:  # noqa: ANN401 - an array or a tensor
+    """Blocks of 16 columns times the matrix of signs (-1)^(bits that i and j share), for ``down_proj`` alone."""
+    if "down_proj" not in name:
+        return x
+    signs = np.array([[(-1.0) ** (i & j).bit_count() for j in range(16)] for i in range(16)], np.float32)
+    matrix = torch.from_numpy(signs) if isinstance(x, torch.Tensor) else signs
+    return (x.reshape(*x.shape[:-1], -1, 16) @ matrix).reshape(x.shape)
 
 
 def power(shift: np.ndarray) -> np.ndarray:
@@ -83,15 +94,17 @@ def torch_int8_logits(
     weights: Weights, config: StudentConfig, ids: np.ndarray, mask: np.ndarray, shifts: Shifts
 ) -> np.ndarray:
     """The Llama of transformers with INT8 weights, every linear layer reading rows that are rounded token by token."""
-    values = {n: int8_values(w, column_shift(n, shifts)) if "_proj." in n else w for n, w in weights.items()}
+    values = {n: int8_values(n, w, column_shift(n, shifts)) if "_proj." in n else w for n, w in weights.items()}
     values["model.embed_tokens.weight"] = quantize_int4(weights["model.embed_tokens.weight"]).dequantize()
-    spread = {values[name].tobytes(): power(column_shift(name, shifts)) for name in values if "_proj." in name}
+    names = {values[name].tobytes(): name for name in values if "_proj." in name}
 
     def round_rows(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        factor = torch.from_numpy(spread[module.weight.detach().numpy().tobytes()])
-        x = inputs[0] / factor
+        name = names[module.weight.detach().numpy().tobytes()]
+        factor = torch.from_numpy(power(column_shift(name, shifts)))
+        x = turn(name, inputs[0] / factor)
         step = x.abs().amax(-1, keepdim=True) / 127
-        return ((x / step).round() * step * factor,)
+        rounded = turn(name, (x / step).round() * step)
+        return (rounded / (16 if "down_proj" in name else 1) * factor,)
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, inputs: round_rows(module, inputs) if isinstance(module, torch.nn.Linear) else None
@@ -114,16 +127,70 @@ def test_the_graph_equals_torch_with_the_same_roundings(config: StudentConfig, s
     assert np.abs(found - run(build_guard_graph(weights, config, accuracy_level=1), ids, mask)).max() > 1e-3
 
 
-@given(
-    values=hnp.arrays(np.float32, (3, 64), elements=st.floats(-4, 4, width=32)),
-    steps=st.sampled_from([STEPS, STEPS_WHERE_CUT]),
-)
-def test_an_int8_value_is_within_half_a_step(values: np.ndarray, steps: int) -> None:
+@pytest.mark.skipif(not byte_products_are_exact(), reason="this CPU's fast kernel cuts sums of byte products")
+def test_signed_and_unsigned_weights_compute_the_same(tmp_path: Path) -> None:
+    ids, mask = sample(LENGTHS)
+    unsigned = run_onnx(write_model(tmp_path, random_weights(BASE)), ids, mask)
+    write_int8_weights(tmp_path / INT8_PLAN, tmp_path, unsigned=False)
+    assert np.abs(run_onnx(tmp_path / INT8_GRAPH, ids, mask) - unsigned).max() < STRUCTURE_TOLERANCE
+
+
+def test_unsigned_weights_are_128_above_the_signed_ones(tmp_path: Path) -> None:
+    write_model(tmp_path, random_weights(BASE))
+    plan = Plan.from_json((tmp_path / INT8_PLAN).read_bytes(), "plan")
+    signed, unsigned = (
+        write_int8_weights(tmp_path / INT8_PLAN, tmp_path, unsigned=choice).read_bytes() for choice in (False, True)
+    )
+    for matrix in plan.matrices:
+        part = slice(matrix.to, matrix.to + matrix.shape[0] * matrix.shape[1])
+        below, above = np.frombuffer(signed[part], np.int8), np.frombuffer(unsigned[part], np.uint8)
+        assert np.abs(below).max() == 127 and (above.astype(int) == below.astype(int) + 128).all()
+
+
+def test_the_graph_reads_positions_as_its_source_does(tmp_path: Path) -> None:
+    """Another CPU computes cosines with another last bit; the file of weights takes them from the source."""
+    import onnx
+
+    graph = write_model(tmp_path, random_weights(BASE))
+    model = onnx.load(tmp_path / "model.onnx")
+    (cos,) = (tensor for tensor in model.graph.initializer if tensor.name == "rope_cos")
+    other = np.nextafter(onnx.numpy_helper.to_array(cos), np.float32(2))
+    cos.CopyFrom(onnx.numpy_helper.from_array(other, "rope_cos"))
+    onnx.save(model, tmp_path / "model.onnx")
+    build_int8_graph(random_weights(BASE), BASE, tmp_path / "model.onnx", graph.name)
+
+
+@given(values=hnp.arrays(np.float32, (3, 64), elements=st.floats(-4, 4, width=32)), turned=st.booleans())
+def test_an_int8_value_is_within_half_a_step(values: np.ndarray, turned: bool) -> None:
     quantized = quantize_int4(values)
-    found, scale = to_int8(quantized, steps=steps)
-    assert found.dtype == np.int8 and np.abs(found.astype(int)).max() <= steps
-    error = np.abs(found * scale[:, None] - quantized.dequantize())
-    assert (error <= scale[:, None] * 0.5001).all()
+    found, scale = to_int8(quantized, turned=turned)
+    assert found.dtype == np.int8 and np.abs(found.astype(int)).max() <= 127
+    wanted = quantized.dequantize()
+    if turned:
+        wanted = turn("down_proj", wanted) / 16
+    assert (np.abs(found * scale[:, None] - wanted) <= scale[:, None] * 0.5001).all()
+
+
+def test_turning_twice_is_sixteen_times() -> None:
+    matrix = hadamard()
+    assert set(np.unique(matrix)) == {-1, 1} and (matrix @ matrix == 16 * np.eye(16)).all()
+
+
+def test_turning_spreads_an_outlier() -> None:
+    """What turning is for: products of rows with a few large channels are rounded less."""
+    rng = np.random.default_rng(4)
+    x, weight = rng.normal(0, 1, (40, 64)).astype(np.float32), rng.normal(0, 1, (32, 64)).astype(np.float32)
+    x[:, [5, 40]] *= 60
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        scale = np.abs(values).max(1, keepdims=True) / 127
+        return np.asarray(np.rint(values / scale) * scale)
+
+    errors = [
+        np.abs(rounded(turn(name, x)) @ rounded(turn(name, weight)).T / by - x @ weight.T).mean()
+        for name, by in (("other", 1), ("down_proj", 16))
+    ]
+    assert errors[1] < errors[0] / 1.5
 
 
 def test_reading_on_gives_what_reading_all_gives(tmp_path: Path) -> None:
@@ -173,7 +240,7 @@ Change = Callable[[dict[str, Any]], None]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda plan: plan.update(format=2), "format: expected a whole number from 1 to 1, found 2"),
+        (lambda plan: plan.update(format=1), "format: expected a whole number from 2 to 2, found 1"),
         (lambda plan: plan.update(weights="../w.bin"), "weights: expected a plain name"),
         (lambda plan: plan.update(source="/etc/passwd"), "source: expected a plain name"),
         (lambda plan: plan.pop("copies"), "none of the name 'copies'"),
@@ -182,7 +249,7 @@ Change = Callable[[dict[str, Any]], None]
         (lambda plan: plan["matrices"][0].pop("to"), r"matrices\[0\]: .* none of the name 'to'"),
         (lambda plan: plan["matrices"][0].update(shape=[1]), r"matrices\[0\].shape: expected two whole numbers"),
         (lambda plan: plan["matrices"][0].update(columns="QUI="), r"columns: expected null or base64 of 64 bytes"),
-        (lambda plan: plan["matrices"][0].update(rows="?"), "rows: expected null or base64 of 128 bytes"),
+        (lambda plan: plan["matrices"][0].update(turned=1), "turned: expected true or false, found 1"),
         (lambda plan: plan["matrices"][0].update(nibbles=-1), "nibbles: expected a whole number from 0"),
         (lambda plan: plan["matrices"][0].update(nibbles=10**9), "expected places within model.onnx"),
         (lambda plan: plan["copies"][0].__setitem__(0, 10**9), "expected places within model.onnx"),
@@ -195,12 +262,12 @@ def test_damaged_plans_are_refused(tmp_path: Path, change: Change, message: str)
     change(plan)
     (tmp_path / INT8_PLAN).write_text(json.dumps(plan))
     with pytest.raises(BundleError, match=message):
-        write_int8_weights(tmp_path / INT8_PLAN, tmp_path)
+        write_int8_weights(tmp_path / INT8_PLAN, tmp_path, unsigned=False)
 
 
 def test_a_plan_comes_back_as_it_was() -> None:
     shift = np.array([-3, 0], np.int8)
-    matrices = (Matrix(0, 1, (3, 2), 4, 5), Matrix(0, 1, (2, 2), 4, 5, columns=shift, rows=-shift))
+    matrices = (Matrix(0, 1, (3, 2), 4, 5), Matrix(0, 1, (2, 2), 4, 5, columns=shift, turned=True))
     plan = Plan("a.onnx", "b.bin", 64, matrices, ((6, 7, 8),))
     read = Plan.from_json(json.dumps(plan.to_dict()).encode(), "plan")
     assert read.to_dict() == plan.to_dict()

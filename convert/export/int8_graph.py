@@ -6,8 +6,10 @@ The graph, ``model.int8.onnx``, holds no weights; it names a file of INT8 weight
 
 Activations are rounded to INT8 with one scale a token (with one a tensor, one outlier token would spoil all others): a
 row is divided by its largest magnitude, rounded by a constant scale, and the product multiplied back. uint8 with the
-zero point 128 times int8 is what MLAS has the fast kernel for. One rounding serves every product that reads the row,
-and the row scale of ``up`` passes through the gate's product to the end of the MLP.
+zero point 128 times int8 is what MLAS has the fast kernel for; a twin of the graph, with weights in uint8, is for CPUs
+on which that kernel is not exact. One rounding serves every product that reads the row,
+and the row scale of ``up`` passes through the gate's product to the end of the MLP. What ``down_proj`` reads is turned
+before it is rounded (:mod:`edgeguard.engines.int8` says why).
 
 Operators: onnxruntime ``docs/ContribOperators.md`` (MatMulIntegerToFloat).
 """
@@ -27,21 +29,33 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from convert.export.onnx import compare_logits, run_onnx
-from convert.export.onnx_graph import CONTRIB, GuardGraph, StudentConfig, Weights
+from convert.export.onnx_graph import CONTRIB, ROPE_TABLES, GuardGraph, StudentConfig, Weights
 from convert.files import write_whole
 from convert.quantize import Int4Weight, as_int4
 from convert.smoothing import row_of
-from edgeguard.engines.int8 import ALIGNMENT, STEPS, Matrix, Plan, write_int8_weights
+from edgeguard.engines.byte_products import byte_products_are_exact
+from edgeguard.engines.int8 import (
+    ALIGNMENT,
+    PLAN_FORMAT,
+    STEPS,
+    TURNED_BLOCK,
+    Matrix,
+    Plan,
+    hadamard,
+    unsigned_graph,
+    write_int8_weights,
+)
 from edgeguard.errors import ParityError
 
 Shifts = Mapping[str, NDArray[np.int8]]
 
-__all__ = ["INT8_GRAPH", "INT8_PLAN", "build_int8_graph", "export_int8"]
+__all__ = ["INT8_FILES", "INT8_GRAPH", "INT8_PLAN", "build_int8_graph", "export_int8"]
 
 INT8_GRAPH, INT8_PLAN = "model.int8.onnx", "model.int8.json"
+INT8_FILES = (INT8_GRAPH, unsigned_graph(Path(INT8_GRAPH)).name, INT8_PLAN)
 
 ZERO_POINT = 128
 LEAST = 1e-30  # of a row's magnitude: a row of zeros is divided by something
@@ -58,7 +72,7 @@ def export_int8(
     tolerance: float,
     shifts: Shifts = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Write the INT8 graph and its plan beside ``source``, a ``model.onnx`` of ours; run them against the reference.
+    """Write the INT8 graph, its twin and their plan beside ``source``, a ``model.onnx`` of ours; run them first.
 
     ``reference_logits`` and the samples: see :func:`convert.export.onnx.export_onnx`, which also says what is returned
     and raised; ``shifts``: see :func:`build_int8_graph`. Nothing is kept of a graph that differs.
@@ -66,19 +80,25 @@ def export_int8(
     from convert.export.transcode import read_onnx
 
     student = read_onnx(source)
-    model, plan = build_int8_graph(student.weights, student.config, source, _weights_name(source, shifts), shifts)
-    written = {INT8_GRAPH: model.SerializeToString(), INT8_PLAN: (json.dumps(plan.to_dict()) + "\n").encode()}
-    for name, raw in written.items():
-        write_whole(source.with_name(name), lambda path, raw=raw: path.write_bytes(raw))  # type: ignore[misc]
+    name = _weights_name(source, shifts)
+    model, plan = build_int8_graph(student.weights, student.config, source, name, shifts)
+    twin, _ = build_int8_graph(student.weights, student.config, source, name, shifts, unsigned=True)
+    raw_plan = (json.dumps(plan.to_dict()) + "\n").encode()
+    for file, raw in zip(INT8_FILES, (model.SerializeToString(), twin.SerializeToString(), raw_plan), strict=True):
+        write_whole(source.with_name(file), lambda path, raw=raw: path.write_bytes(raw))  # type: ignore[misc]
     try:
-        with TemporaryDirectory(dir=source.parent) as folder:  # on a disk: the system's own may be memory
-            graph = Path(shutil.copy(source.with_name(INT8_GRAPH), folder))
-            write_int8_weights(source.with_name(INT8_PLAN), Path(folder))
-            logits = run_onnx(graph, sample_ids, sample_mask)
-        return compare_logits(logits, reference_logits, tolerance=tolerance, name=INT8_GRAPH)
+        # Both compute the same, where they are exact: the twin on every CPU.
+        for unsigned in (False, True) if byte_products_are_exact() else (True,):
+            with TemporaryDirectory(dir=source.parent) as folder:  # on a disk: the system's own may be memory
+                graph = source.with_name(INT8_GRAPH)
+                graph = Path(shutil.copy(unsigned_graph(graph) if unsigned else graph, folder))
+                write_int8_weights(source.with_name(INT8_PLAN), Path(folder), unsigned=unsigned)
+                logits = run_onnx(graph, sample_ids, sample_mask)
+            figures = compare_logits(logits, reference_logits, tolerance=tolerance, name=graph.name)
+        return figures
     except ParityError:
-        for name in written:
-            source.with_name(name).unlink()
+        for file in INT8_FILES:
+            source.with_name(file).unlink()
         raise
 
 
@@ -88,17 +108,20 @@ def build_int8_graph(
     source: Path,
     weights_name: str,
     shifts: Shifts = MappingProxyType({}),
+    *,
+    unsigned: bool = False,
 ) -> tuple[onnx.ModelProto, Plan]:
     """The INT8 graph of the student in ``source``, and the plan by which its file of weights is made.
 
     ``weights``, ``config``: as :func:`~convert.export.onnx_graph.build_guard_graph` took them for ``source``;
-    ``weights_name``: of the file that the graph will look for beside itself; ``shifts``: see
-    :mod:`convert.smoothing`. Inputs and output are those of the INT4 graph, and the keys and values of earlier
-    tokens. Raises ValueError when ``source`` does not hold the very bytes of a weight.
+    ``weights_name``: of the file that the graph will look for beside itself; ``shifts``: see :mod:`convert.smoothing`;
+    ``unsigned``: the twin, whose weights are uint8; the plan is the same. Inputs and output are those of the INT4
+    graph, and the keys and values of earlier tokens. Raises ValueError when ``source`` does not hold the very bytes of
+    a weight.
     """
     graph = _Int8Graph(weights, config, int4=True, accuracy_level=4)
     with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as held:
-        graph.keep_weights(held, source.name, weights_name, shifts)
+        graph.keep_weights(held, source, weights_name, shifts, unsigned=unsigned)
         graph.build()
         graph.move_large_ones()
     return graph.model(), Plan(source.name, weights_name, graph.end, tuple(graph.matrices), tuple(graph.copies))
@@ -106,7 +129,7 @@ def build_int8_graph(
 
 def _weights_name(source: Path, shifts: Shifts) -> str:
     """A name for one content alone."""
-    digest = hashlib.sha256(source.read_bytes())
+    digest = hashlib.sha256(source.read_bytes() + bytes([PLAN_FORMAT]))
     for name, shift in sorted(shifts.items()):
         digest.update(name.encode() + shift.tobytes())
     return f"edgeguard-int8-{digest.hexdigest()[:NAME_DIGITS]}.bin"
@@ -117,9 +140,10 @@ class _Int8Graph(GuardGraph):
 
     past = True
 
-    def keep_weights(self, held: mmap.mmap, source: str, weights_name: str, shifts: Shifts) -> None:
+    def keep_weights(self, held: mmap.mmap, source: Path, weights_name: str, shifts: Shifts, *, unsigned: bool) -> None:
         """``held``: the bytes of the file ``source``; ``weights_name``: the file that the graph's weights are in."""
         self.held, self.source, self.weights_name, self.shifts = held, source, weights_name, shifts
+        self.unsigned = unsigned
         self.matrices: list[Matrix] = []
         self.copies: list[tuple[int, int, int]] = []
         self.end = 0
@@ -133,6 +157,12 @@ class _Int8Graph(GuardGraph):
                 self.copies.append((offset, size, self.end))
                 self.initializers[name] = self._external(name, tensor.data_type, tuple(tensor.dims), size)
 
+    def _rope_tables(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Those of the source, which another CPU may have computed."""
+        tensors = {tensor.name: tensor for tensor in onnx.load(self.source).graph.initializer}
+        cos, sin = (numpy_helper.to_array(tensors[name]) for name in ROPE_TABLES)
+        return cos, sin
+
     def _float(self, name: str) -> str:
         """As in the INT4 graph; a norm's weights bear what its readers' columns were multiplied by."""
         shift = self.shifts.get(row_of(name))
@@ -145,17 +175,27 @@ class _Int8Graph(GuardGraph):
         gate = self._node("QuickGelu", [gate], f"{name}.silu", domain=CONTRIB, alpha=1.0)
         up = self._product(f"{name}.up", normed, f"{prefix}up_proj.weight")
         both = self._node("Mul", [gate, up], f"{name}.both")
-        down = self._product(f"{name}.down", both, f"{prefix}down_proj.weight")
-        scale = self._node("Mul", [self._rounded(both)[1], self._rounded(normed)[1]], f"{name}.down.magnitude")
+        turned = self._turned(both)
+        down = self._product(f"{name}.down", turned, f"{prefix}down_proj.weight", turned=True)
+        scale = self._node("Mul", [self._rounded(turned)[1], self._rounded(normed)[1]], f"{name}.down.magnitude")
         return self._node("Mul", [down, scale], f"{name}.down")
+
+    def _turned(self, x: str) -> str:
+        """Rows of ``x``, blocks of 16 times a Hadamard matrix: sums that spread a large value over its block."""
+        inner = self.config.intermediate_size
+        blocks = self._constant("turned_blocks", [0, 0, inner // TURNED_BLOCK, TURNED_BLOCK])
+        x = self._node("Reshape", [x, blocks], f"{x}.blocks")
+        x = self._node("MatMul", [x, self._initializer("hadamard", hadamard())], f"{x}.turned")
+        return self._node("Reshape", [x, self._constant("turned_rows", [0, 0, inner])], f"{x}.rows")
 
     def _linear(self, name: str, x: str, *weights: str) -> str:
         return self._node("Mul", [self._product(name, x, *weights), self._rounded(x)[1]], name)
 
-    def _product(self, name: str, x: str, *weights: str) -> str:
-        """Rows of ``x``, each over its magnitude, times the weights."""
-        weight, scales = self._int8(name, weights)
+    def _product(self, name: str, x: str, *weights: str, turned: bool = False) -> str:
+        """Rows of ``x``, each over its magnitude, times the weights; ``turned``: see :class:`Matrix`."""
+        weight, scales = self._int8(name, weights, turned=turned)
         inputs = [self._rounded(x)[0], weight, self._step(), scales, self._zero_point()]
+        inputs += [self._zero_point()] * self.unsigned  # of the weights: the same 128
         return self._node("MatMulIntegerToFloat", inputs, f"{name}.product", domain=CONTRIB)
 
     def _rounded(self, x: str) -> tuple[str, str]:
@@ -175,7 +215,7 @@ class _Int8Graph(GuardGraph):
     def _zero_point(self) -> str:
         return self._initializer("zero_point", np.array(ZERO_POINT, np.uint8))
 
-    def _int8(self, name: str, weights: Sequence[str]) -> tuple[str, str]:
+    def _int8(self, name: str, weights: Sequence[str], *, turned: bool) -> tuple[str, str]:
         """(int8 [K, N], float32 channel scales [N]) of INT4 weights, both in the file that the plan makes."""
         quantized = Int4Weight.stack([as_int4(self.weights[w]) for w in weights])
         rows, columns = quantized.shape
@@ -183,17 +223,12 @@ class _Int8Graph(GuardGraph):
         scales = self._find(name, quantized.scales.tobytes())
         weight, channel = f"{name}.int8", f"{name}.channel_scales"
         to = self.end
-        self.initializers[weight] = self._external(weight, TensorProto.INT8, (columns, rows), rows * columns)
-        shifts = self.shifts.get(row_of(weights[0])), self._row_shifts(weights[0])
-        self.matrices.append(Matrix(nibbles, scales, (rows, columns), to, self.end, *shifts))
+        data_type = TensorProto.UINT8 if self.unsigned else TensorProto.INT8
+        self.initializers[weight] = self._external(weight, data_type, (columns, rows), rows * columns)
+        shift = self.shifts.get(row_of(weights[0]))
+        self.matrices.append(Matrix(nibbles, scales, (rows, columns), to, self.end, shift, turned))
         self.initializers[channel] = self._external(channel, TensorProto.FLOAT, (rows,), 4 * rows)
         return weight, channel
-
-    def _row_shifts(self, weight: str) -> NDArray[np.int8] | None:
-        """``up`` bears what the columns of ``down`` were multiplied by."""
-        prefix, _, reader = weight.partition("up_proj")
-        shift = self.shifts.get(row_of(f"{prefix}down_proj{reader}")) if reader else None
-        return None if shift is None else -shift
 
     def _external(self, name: str, data_type: int, shape: tuple[int, ...], size: int) -> TensorProto:
         """A tensor of the file of weights, at its next free place."""
@@ -207,5 +242,5 @@ class _Int8Graph(GuardGraph):
         """Where ``source`` holds these bytes; wherever equal bytes stand will do."""
         offset = self.held.find(raw)
         if offset < 0:
-            raise ValueError(f"{self.source} does not hold {name}. Pass the weights that it was made of.")
+            raise ValueError(f"{self.source.name} does not hold {name}. Pass the weights that it was made of.")
         return offset

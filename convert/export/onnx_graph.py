@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from convert.quantize import GROUP_SIZE, Int4Weight, as_int4
 from edgeguard.engines.gguf_source import LABELS_KEY, ROPE_FACTORS_KEY
-from edgeguard.engines.int4_weights import StudentConfig, Weights, check_weights
+from edgeguard.engines.int4_weights import StudentConfig, Weights, as_float32, check_weights
 
 __all__ = [
     "LABELS_KEY",
@@ -40,6 +40,7 @@ __all__ = [
 OPSET = 21  # the first with INT4 tensors
 IR_VERSION = 10  # the one of that opset; onnxruntime 1.20 reads it
 CONTRIB = "com.microsoft"
+ROPE_TABLES = ("rope_cos", "rope_sin")
 MASKED = -1e9  # added to the score of a padded key; finite, so that no row can become NaN
 
 
@@ -141,14 +142,8 @@ class GuardGraph:
 
     def _shared_inputs(self) -> None:
         """What every layer reads: lengths, the place of the last token, the bias of padded keys, the RoPE tables."""
-        cfg = self.config
-        steps = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
-        divisors = np.float32(cfg.rope_theta) ** steps
-        if cfg.rope_factors is not None:
-            divisors *= np.array(cfg.rope_factors, np.float32)
-        angles = np.arange(cfg.max_tokens, dtype=np.float32)[:, None] / divisors
-        self._initializer("rope_cos", np.cos(angles))
-        self._initializer("rope_sin", np.sin(angles))
+        for name, table in zip(ROPE_TABLES, self._rope_tables(), strict=True):
+            self._initializer(name, table)
         count = self._node("ReduceSum", ["attention_mask", self._constant("axis_1", [1])], "token_count", keepdims=1)
         self._node("Sub", [count, self._constant("one", [1])], "last_index")  # [batch, 1], position of the last token
         self._node("Unsqueeze", ["last_index", self._constant("axis_2", [2])], "last_row")  # [batch, 1, 1] for GatherND
@@ -177,6 +172,16 @@ class GuardGraph:
             seen = self._node("Expand", [self._scalar("bias_0", 0.0), *size], "past_bias")
             bias = self._node("Concat", [seen, bias], "all_bias", axis=1)
         self._node("Unsqueeze", [bias, self._constant("axes_1_2", [1, 2])], "key_bias")  # [batch, 1, 1, all keys]
+
+    def _rope_tables(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Cosines and sines [max_tokens, head_dim / 2]; their last bit depends on the CPU that computes them."""
+        cfg = self.config
+        steps = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
+        divisors = np.float32(cfg.rope_theta) ** steps
+        if cfg.rope_factors is not None:
+            divisors *= np.array(cfg.rope_factors, np.float32)
+        angles = np.arange(cfg.max_tokens, dtype=np.float32)[:, None] / divisors
+        return np.cos(angles), np.sin(angles)
 
     def _dimension(self, x: str, axis: int, name: str) -> str:
         """A scalar: the size of ``x`` along ``axis``."""
@@ -334,8 +339,7 @@ class GuardGraph:
         return [f"model.layers.{layer}.self_attn.{letter}_proj.weight" for letter in letters]
 
     def _array(self, name: str) -> NDArray[np.float32]:
-        weight = self.weights[name]
-        return weight.dequantize() if isinstance(weight, Int4Weight) else np.asarray(weight, dtype=np.float32)
+        return as_float32(self.weights[name])
 
     def _float(self, name: str) -> str:
         return self._initializer(name, self._array(name))

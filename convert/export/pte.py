@@ -2,9 +2,9 @@
 
 XNNPACK's INT4 kernels want positive scales, and a group of our grid ([-8, 7]) has a negative one where its largest
 value is positive. So the linears hold what the engine ``onnx-int8`` computes with: the INT4 values on an INT8 grid, one
-scale a channel, smoothed by the powers of two of the bundle's plan where it has one; ``down_proj`` in two halves. The
-embedding stays INT4, with the scales of the bundle; looked-up rows are unpacked by arithmetic, as in
-:mod:`convert.export.standard_onnx`.
+scale a channel, smoothed by the powers of two of the bundle's plan where it has one; what ``down_proj`` reads is turned
+(:mod:`edgeguard.engines.int8`). The embedding stays INT4, with the scales of the bundle; looked-up rows are unpacked by
+arithmetic, as in :mod:`convert.export.standard_onnx`.
 
 Input: ids, int64 [1, length], 2 to ``max_tokens`` of them, no padding. Output: logits, float32 [1, K], of the last.
 
@@ -16,9 +16,7 @@ transformers ``models/llama/modeling_llama.py`` (semantics).
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
-import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,7 +30,7 @@ from torch import Tensor, nn
 
 from convert.smoothing import row_of
 from edgeguard.engines.int4_weights import GROUP_SIZE, Int4Weight, StudentConfig, Weights, check_weights
-from edgeguard.engines.int8 import STEPS, to_int8
+from edgeguard.engines.int8 import STEPS, TURNED_BLOCK, hadamard, to_int8
 
 __all__ = ["Guard", "write_pte"]
 
@@ -123,7 +121,7 @@ class _Layer(nn.Module):
             _Linear(weights, f"{prefix}self_attn.{name}_proj.weight", shifts) for name in ("q", "k", "v", "o")
         )
         self.gate, self.up = (_Linear(weights, f"{prefix}mlp.{name}_proj.weight", shifts) for name in ("gate", "up"))
-        self.down = _Halves(weights, f"{prefix}mlp.down_proj.weight", shifts)
+        self.down = _Turned(weights, f"{prefix}mlp.down_proj.weight", shifts)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, *, only_last: bool) -> Tensor:
         """[1, length, hidden] -> the same, or [1, 1, hidden] for the last token alone."""
@@ -153,16 +151,11 @@ class _Linear(nn.Module):
     scales: Tensor
     zeros: Tensor
 
-    def __init__(self, weights: Weights, name: str, shifts: Shifts, columns: slice = slice(None)) -> None:
-        """``columns``: those of the matrix that are multiplied here; they begin and end with a group."""
+    turned = False
+
+    def __init__(self, weights: Weights, name: str, shifts: Shifts) -> None:
         super().__init__()
-        whole, shift = _int4(weights, name), shifts.get(row_of(name))
-        groups = slice(*(None if place is None else place // GROUP_SIZE for place in (columns.start, columns.stop)))
-        part = Int4Weight(whole.nibbles[:, columns], whole.scales[:, groups])
-        values, scales = to_int8(part, None if shift is None else shift[columns])
-        prefix, _, rest = name.partition("up_proj")
-        if rest and (down := shifts.get(row_of(f"{prefix}down_proj{rest}"))) is not None:
-            scales = np.ldexp(scales, -down.astype(np.int32))  # what the columns of ``down`` are multiplied by
+        values, scales = to_int8(_int4(weights, name), shifts.get(row_of(name)), turned=self.turned)
         self.register_buffer("weight", torch.from_numpy(values))
         self.register_buffer("scales", torch.from_numpy(scales.astype(np.float32)))
         self.register_buffer("zeros", torch.zeros(len(scales), dtype=torch.int64))
@@ -180,25 +173,20 @@ class _Linear(nn.Module):
         return nn.functional.linear(x, weight)
 
 
-class _Halves(nn.Module):
-    """A linear in two halves of its columns, whose rows are rounded each with a scale of its own.
+class _Turned(_Linear):
+    """A linear whose rows are turned in blocks of 16 before they are rounded, and whose weights are turned alike."""
 
-    What ``down_proj`` reads has the largest outliers: in halves, the margins of edgeguard-mini 0.3.1 moved by .12 in
-    the mean where one scale a token moved them by .16 (120 public rows, docs/log.md); more parts brought no more.
-    """
+    turned = True
+    matrix: Tensor
 
     def __init__(self, weights: Weights, name: str, shifts: Shifts) -> None:
-        super().__init__()
-        width = _int4(weights, name).shape[1]
-        cuts = sorted({0, width // (2 * GROUP_SIZE) * GROUP_SIZE, width})  # a single group is not parted
-        self.columns = [slice(start, stop) for start, stop in itertools.pairwise(cuts)]
-        self.parts = nn.ModuleList(_Linear(weights, name, shifts, columns) for columns in self.columns)
+        super().__init__(weights, name, shifts)
+        self.register_buffer("matrix", torch.from_numpy(hadamard()))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        products = [part(x[..., columns]) for part, columns in zip(self.parts, self.columns, strict=True)]
-        result: Tensor = functools.reduce(torch.add, products)
-        return result
+        blocks = x.reshape(1, -1, TURNED_BLOCK)
+        return super().forward(nn.functional.linear(blocks, self.matrix).reshape(x.shape))  # symmetric: no transpose
 
 
 class _Norm(nn.Module):

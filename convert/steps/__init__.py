@@ -8,6 +8,7 @@
 | ``containers.py`` | gptq, export |
 | ``measuring.py`` | evaluate |
 | ``bundling.py`` | package |
+| ``renewing.py`` | renew, which is no step of ``run`` |
 
 ``kept.py`` tells whether a result is there, ``runs.py`` is a training run. No file is named like a step, so that
 ``convert.steps.evaluate`` is the step alone.
@@ -24,6 +25,7 @@ from convert.steps.bundling import package
 from convert.steps.containers import export, gptq
 from convert.steps.data import base, calibration_rows, corpus, evaluation_rows, read_mix, text_side, trimmed_base
 from convert.steps.measuring import evaluate, measure, stages
+from convert.steps.renewing import renew
 from convert.steps.teaching import judge_tests, label, rows_to_judge, teacher
 from convert.steps.training import qat, student, train
 
@@ -42,6 +44,7 @@ __all__ = [
     "package",
     "qat",
     "read_mix",
+    "renew",
     "rows_to_judge",
     "run",
     "stages",

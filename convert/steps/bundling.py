@@ -21,7 +21,7 @@ __all__ = ["package"]
 def package(recipe: Recipe) -> Path:
     """Step ``package``: the bundle in ``models/``, opened and self-tested by the runtime before it gets there."""
     from convert.export.containers import FILES
-    from convert.export.int8_graph import INT8_GRAPH, INT8_PLAN
+    from convert.export.int8_graph import INT8_FILES
     from convert.package import SELF_TEST_TEXTS, make_manifest, put_in_place
     from convert.report import SHIPPED, model_card
 
@@ -30,7 +30,7 @@ def package(recipe: Recipe) -> Path:
     staged = recipe.build / "package"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    for name in (FILES["onnx"], INT8_GRAPH, INT8_PLAN):
+    for name in (FILES["onnx"], *INT8_FILES):
         shutil.copy(export(recipe).with_name(name), staged / name)
     (staged / "tokenizer.json").write_text(plain_tokenizer_json(trimmed_base(recipe)), encoding="utf-8")
     shipped = report["stages"][SHIPPED]

@@ -42,7 +42,7 @@ SPECIAL_IDS = 8  # ids at the end of the vocabulary that no text yields: start a
 # Random logits: an engine that rounds otherwise moves a margin by as much as one unit. A broken one gives no number.
 SELF_TEST_TOLERANCE = 20.0
 SELF_TEST_TEXT = "How do I sharpen a kitchen knife?"
-WRITER_VERSION = 2  # of this file: another one does not use what an older one left in the cache
+WRITER_VERSION = 3  # of this file: another one does not use what an older one left in the cache
 HEAD = (SAFE, UNSAFE, *HAZARDS)
 
 SHAPES: Mapping[str, StudentConfig] = MappingProxyType(
@@ -93,7 +93,7 @@ def write_shape(name: str, config: StudentConfig, folder: Path, seed: int) -> No
     when the INT8 graph computes something else.
     """
     try:
-        from convert.export.int8_graph import INT8_GRAPH, INT8_PLAN, export_int8
+        from convert.export.int8_graph import INT8_FILES, INT8_GRAPH, export_int8
         from convert.export.onnx import run_onnx
         from convert.export.shape_sizes import synthetic_tokenizer, write_untrained
     except ImportError as error:
@@ -111,10 +111,10 @@ def write_shape(name: str, config: StudentConfig, folder: Path, seed: int) -> No
     logits = run_onnx(folder / "model.onnx", ids, mask)
     export_int8(folder / "model.onnx", logits, ids, mask, tolerance=SELF_TEST_TOLERANCE)
     vector = SelfTestVector(SELF_TEST_TEXT, None, ids.size, float(logits[0, 1] - logits[0, 0]))
-    engines = {"model.onnx": "onnx", INT8_GRAPH: INT8_ENGINE, INT8_PLAN: None, TOKENIZER_NAME: None}
+    engines = {"model.onnx": "onnx", INT8_GRAPH: INT8_ENGINE}
     files = {
-        file: FileEntry(sha256_of(folder / file), (folder / file).stat().st_size, engine)
-        for file, engine in engines.items()
+        file: FileEntry(sha256_of(folder / file), (folder / file).stat().st_size, engines.get(file))
+        for file in ("model.onnx", *INT8_FILES, TOKENIZER_NAME)
     }
     manifest = _manifest(name, config.max_tokens, template, vector, files)
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest.to_dict(), indent=1), encoding="utf-8")

@@ -3,10 +3,12 @@
 A CPU with INT8 dot products (VNNI, AMX, i8mm) multiplies bytes faster than any kernel unpacks nibbles. A bundle may
 hold a graph for that, ``model.int8.onnx``, without weights, and a plan, ``model.int8.json``: where the INT4 integers of
 every matrix stand in ``model.onnx``, and where their INT8 copy goes in the file that is made once a machine, in the
-cache.
+cache. Where a CPU's fast kernel cuts sums (:mod:`edgeguard.engines.byte_products`), the same graph with unsigned
+weights, ``model.int8.unsigned.onnx``, takes their place: slower there than the kernel that cuts, and exact.
 
-Weights take fewer steps where sums of products are cut (:mod:`edgeguard.engines.byte_products`): smaller numbers reach
-the limit less often. How many was measured on the verdicts of the shipped guard (docs/log.md, 2026-11-22).
+What ``down_proj`` reads has outliers in a few channels of a token. So the graph turns that row, block by block, with a
+Hadamard matrix, which spreads them over the block, and the matrix is turned alike: the product is the same. Source: the
+online rotation of QuaRot (Ashkboos et al. 2024, arXiv 2404.00456), in blocks.
 """
 
 from __future__ import annotations
@@ -35,18 +37,21 @@ __all__ = [
     "INT8_ENGINE",
     "PLAN_FORMAT",
     "STEPS",
-    "STEPS_WHERE_CUT",
+    "TURNED_BLOCK",
     "Matrix",
     "Plan",
+    "hadamard",
     "int8_files",
     "to_int8",
+    "unsigned_graph",
     "write_int8_weights",
 ]
 
 INT8_ENGINE = "onnx-int8"
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 STEPS = 127  # of the INT8 grid on each side of zero
-STEPS_WHERE_CUT = 100
+SIGN = np.uint8(0x80)  # the bit in which x and x + 128 differ
+TURNED_BLOCK = 16  # columns; a power of two that divides a group of INT4, so that turning is sums alone
 ALIGNMENT = 64  # bytes, of every tensor in the file: a cache line
 CHUNK_ROWS = 2048  # unpacked at a time, so that the memory stays small
 MAX_BYTES = 2**40
@@ -57,8 +62,8 @@ class Matrix:
     """How one INT4 matrix [N, K] becomes INT8. All places are offsets in bytes.
 
     ``nibbles``, ``scales``: in the source; ``to``, ``channel_scales``: where INT8 [K, N] and float32 scales [N] go.
-    ``columns``, ``rows``: exponents of two, int8 [K] and [N], that columns and channel scales are multiplied by; None
-    for none.
+    ``columns``: exponents of two, int8 [K], that columns are multiplied by; None for none. ``turned``: whether what it
+    reads comes turned by :func:`hadamard` in blocks of 16, so that its columns are, too.
     """
 
     nibbles: int
@@ -67,7 +72,7 @@ class Matrix:
     to: int
     channel_scales: int
     columns: NDArray[np.int8] | None = None
-    rows: NDArray[np.int8] | None = None
+    turned: bool = False
 
     @classmethod
     def from_dict(cls, data: object, where: str) -> Matrix:
@@ -81,15 +86,14 @@ class Matrix:
         return cls(
             shape=(rows, columns),
             columns=_shifts(fields["columns"], f"{where}.columns", columns),
-            rows=_shifts(fields["rows"], f"{where}.rows", rows),
+            turned=schema.boolean(fields["turned"], f"{where}.turned"),
             **{name: schema.integer(fields[name], f"{where}.{name}", low=0, high=MAX_BYTES) for name in places},
         )
 
     def to_dict(self) -> dict[str, object]:
         """The object that :meth:`from_dict` reads; exponents as base64."""
-        shifts = {"columns": self.columns, "rows": self.rows}
-        encoded = {n: None if a is None else base64.b64encode(a.tobytes()).decode() for n, a in shifts.items()}
-        return {**vars(self), **encoded}
+        columns = None if self.columns is None else base64.b64encode(self.columns.tobytes()).decode()
+        return {**vars(self), "columns": columns}
 
 
 @dataclass(frozen=True)
@@ -158,35 +162,38 @@ def int8_files(bundle: Bundle) -> tuple[Path, Path]:
     file = graph.with_suffix(".json")
     if file.name not in bundle.manifest.files:
         raise BundleError(f"{bundle.path}: expected {file.name} beside {graph.name}, found no such file listed.")
-    plan, steps = Plan.from_json(file.read_bytes(), str(file)), _steps_here()
-    # The graph looks for the file by its name, so other contents of that name stand in a folder of their own.
-    name = plan.weights if steps == STEPS else f"steps-{steps}/{plan.weights}"
-    return graph, cached(name, lambda path: _carry_out(plan, file, path, steps))
+    plan = Plan.from_json(file.read_bytes(), str(file))
+    if byte_products_are_exact():
+        return graph, cached(plan.weights, lambda path: _carry_out(plan, file, path, unsigned=False))
+    if (graph := unsigned_graph(graph)).name not in bundle.manifest.files:
+        raise BundleError(f"{bundle.path}: expected {graph.name}, which this CPU needs, found no such file listed.")
+    # A graph looks for its file by name, so other contents of one name stand in a folder of their own.
+    return graph, cached(f"unsigned/{plan.weights}", lambda path: _carry_out(plan, file, path, unsigned=True))
 
 
-def write_int8_weights(file: Path, folder: Path, steps: int | None = None) -> Path:
+def unsigned_graph(graph: Path) -> Path:
+    """Where the graph of unsigned weights stands that belongs to the INT8 graph ``graph``."""
+    return graph.with_suffix(".unsigned.onnx")
+
+
+def write_int8_weights(file: Path, folder: Path, *, unsigned: bool) -> Path:
     """Carry out the plan in ``file``, whose source stands beside it; returns the file of weights, in ``folder``.
 
-    ``steps``: of the INT8 grid on each side of zero, at most 127; None for as many as this CPU should have.
-
-    Raises BundleError for a damaged plan, or one that its source does not fit.
+    ``unsigned``: uint8 with the zero point 128 instead of int8. Raises BundleError for a damaged plan, or one that its
+    source does not fit.
     """
     plan = Plan.from_json(file.read_bytes(), str(file))
-    _carry_out(plan, file, folder / plan.weights, steps or _steps_here())
+    _carry_out(plan, file, folder / plan.weights, unsigned=unsigned)
     return folder / plan.weights
 
 
-def _steps_here() -> int:
-    return STEPS if byte_products_are_exact() else STEPS_WHERE_CUT
-
-
-def _carry_out(plan: Plan, file: Path, target: Path, steps: int) -> None:
+def _carry_out(plan: Plan, file: Path, target: Path, *, unsigned: bool) -> None:
     try:
         source = np.memmap(file.with_name(plan.source), np.uint8, "r")
         with target.open("wb") as output:
             output.truncate(plan.size)
             for matrix in plan.matrices:
-                _write_matrix(source, matrix, output, steps)
+                _write_matrix(source, matrix, output, unsigned=unsigned)
             for place, size, to in plan.copies:
                 _write(output, to, _cut(source, place, size))
             written = output.seek(0, os.SEEK_END)
@@ -196,7 +203,7 @@ def _carry_out(plan: Plan, file: Path, target: Path, steps: int) -> None:
         raise BundleError(f"{file}: expected {plan.size} bytes of weights, found {written}.")
 
 
-def _write_matrix(source: NDArray[np.uint8], matrix: Matrix, output: BinaryIO, steps: int) -> None:
+def _write_matrix(source: NDArray[np.uint8], matrix: Matrix, output: BinaryIO, *, unsigned: bool) -> None:
     rows, columns = matrix.shape
     groups = columns // GROUP_SIZE
     packed = _cut(source, matrix.nibbles, rows * columns // 2).reshape(rows, groups, GROUP_SIZE // 2)
@@ -205,26 +212,38 @@ def _write_matrix(source: NDArray[np.uint8], matrix: Matrix, output: BinaryIO, s
     for start in range(0, rows, CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
         int4 = Int4Weight.unpack_matmulnbits(packed[chunk], scales[chunk])
-        values, channel[chunk] = to_int8(int4, matrix.columns, steps)
+        values, channel[chunk] = to_int8(int4, matrix.columns, turned=matrix.turned)
         weight[:, chunk] = values.T
-    _write(output, matrix.to, weight)
-    _write(output, matrix.channel_scales, channel if matrix.rows is None else np.ldexp(channel, matrix.rows))
+    _write(output, matrix.to, weight.view(np.uint8) ^ SIGN if unsigned else weight)
+    _write(output, matrix.channel_scales, channel)
 
 
 def to_int8(
-    weight: Int4Weight, columns: NDArray[np.int8] | None = None, steps: int = STEPS
+    weight: Int4Weight, columns: NDArray[np.int8] | None = None, *, turned: bool = False
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """INT4 [N, K] -> (int8 [N, K], float32 channel scales [N]).
 
-    ``columns``: exponents of two, int8 [K], that columns are multiplied by first. A channel's scale is its largest
-    magnitude / ``steps`` (at most 127), so a value is at most half of it away from what it stands for.
+    ``columns``: exponents of two, int8 [K], that columns are multiplied by first; ``turned``: then blocks of 16 columns
+    are multiplied by :func:`hadamard` / 16, its inverse. A channel's scale is its largest magnitude / 127, so a
+    value is at most half of it away from what it stands for.
     """
     values = weight.dequantize()
     if columns is not None:
         values *= np.ldexp(np.float32(1), columns)
-    channel = np.abs(values).max(axis=1) / np.float32(steps)
+    if turned:
+        blocks = values.reshape(len(values), -1, TURNED_BLOCK)
+        values = (blocks @ (hadamard() / np.float32(TURNED_BLOCK))).reshape(values.shape)
+    channel = np.abs(values).max(axis=1) / np.float32(STEPS)
     channel[channel == 0] = 1  # a channel of zeros
     return np.rint(values / channel[:, None]).astype(np.int8), channel
+
+
+def hadamard(size: int = TURNED_BLOCK) -> NDArray[np.float32]:
+    """Sylvester's Hadamard matrix, float32 [size, size] of +1 and -1, for a power of two; times itself: size * I."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
 
 
 def _cut(source: NDArray[np.uint8], place: int, size: int) -> NDArray[np.uint8]:

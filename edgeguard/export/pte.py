@@ -30,7 +30,7 @@ INSTALL = "in a checkout: pip install -e '.[convert,executorch]'"
 MAKING = ("torch", "executorch", "convert")
 RUNNING = ("executorch", "torch", "tokenizers")
 # What reads one row: the first of the matrices that the plan of the INT8 engine lists for it.
-READERS = {"attention": "self_attn.q_proj", "mlp": "mlp.gate_proj", "down": "mlp.down_proj"}
+READERS = {"attention": "self_attn.q_proj", "mlp": "mlp.gate_proj"}
 
 
 def make_pte(bundle: Bundle, folder: Path) -> dict[str, str | None]:
