@@ -109,12 +109,14 @@ def test_int8_files_are_made_and_measured_anew(recipe: Recipe, world: dict[str, 
     paths = {"build": world["build"], "models": models, "data": world["data"]}
     result = CliRunner().invoke(main, ["renew", str(newer), *_options(paths)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert {name for name in before if (bundle / name).read_bytes() == before[name]} >= {
-        *("model.onnx", "model.int8.onnx", "model.int8.unsigned.onnx", "tokenizer.json", "curves.png")
-    }
+    kept = {name for name in before if (bundle / name).read_bytes() == before[name]}
+    assert kept >= {"model.onnx", "tokenizer.json", "curves.png"}
+    # Smoothing is measured on the INT4 student here, on the float32 one there: other bytes, and the same verdicts.
     found = json.loads((bundle / "report.json").read_text())
     assert found["int8"].pop("command") == "python -m convert renew recipes/tiny.toml"
-    assert found["stages"] == report["stages"] and found["int8"] == report["int8"]
+    assert found["int8"]["rows"] == report["int8"]["rows"] and found["int8"]["max_abs_diff"] < 0.3
+    stages = [{**r["stages"], "student-int8-onnx": None} for r in (found, report)]
+    assert stages[0] == stages[1] and set(found["stages"]) == set(report["stages"])
     assert found["parity"]["student-int8-onnx"]["reference"] == "student-int4-qat"
     assert "convert renew" in (bundle / "RECORD.md").read_text()
     assert Guard.load(bundle, engine="onnx-int8").bundle.label.endswith("@0.0.2")
