@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from convert.student import Student
+from edgeguard.engines.int8 import hadamard
 
 __all__ = ["rotate_residual", "rotation"]
 
@@ -57,13 +58,10 @@ def rotation(width: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     power = width & -width
-    hadamard = torch.ones(1, 1, dtype=torch.float64)
-    while len(hadamard) < power:
-        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard)
     odd = torch.empty(width // power, width // power, dtype=torch.float64)
     torch.nn.init.orthogonal_(odd, generator=generator)
     signs = torch.randint(0, 2, (width, 1), generator=generator) * 2 - 1
-    turn: Tensor = torch.kron(odd.contiguous(), hadamard) * power**-0.5 * signs
+    turn: Tensor = torch.kron(odd.contiguous(), torch.tensor(hadamard(power)).double()) * power**-0.5 * signs
     return turn
 
 

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 
 from convert.files import read_json, write_json, write_whole
 from convert.quantize import GROUP_SIZE
+from edgeguard.bench.peer_files import transformers_config
 from edgeguard.errors import EdgeguardError
 from edgeguard.taxonomy import HAZARDS
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PretrainedConfig
+    from transformers import PretrainedConfig
 
     from convert.export.onnx_graph import StudentConfig
 
-__all__ = ["HEAD", "Student", "StudentError", "autocast", "best_device", "bf16_is_fast", "config_of"]
+__all__ = ["HEAD", "Student", "StudentError", "autocast", "best_device", "bf16_is_fast"]
 
 
 class StudentError(EdgeguardError):
@@ -83,10 +84,11 @@ class Student(nn.Module):
     @classmethod
     def of_shape(cls, shape: StudentConfig, labels: tuple[str, ...] = HEAD) -> Student:
         """Random weights of the shape that a container holds."""
-        student = cls(config_of(shape, attn_implementation=_attention()), labels)
-        if shape.rope_factors is not None:
-            student.model.rotary_emb.inv_freq /= torch.tensor(shape.rope_factors)
-        return student
+        from transformers import LlamaConfig
+
+        config = LlamaConfig(**transformers_config(shape, labels, pad_id=0), use_cache=False)
+        config._attn_implementation = _attention()
+        return cls(config, labels)
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The final hidden state [batch, hidden] of each row's last real token."""
@@ -182,26 +184,6 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def config_of(shape: StudentConfig, **changes: object) -> LlamaConfig:
-    """The Llama of transformers that has this shape; RoPE factors are for the caller to divide its frequencies by."""
-    from transformers import LlamaConfig
-
-    fields: dict[str, object] = {
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "rms_norm_eps": shape.rms_norm_eps,
-        "rope_theta": shape.rope_theta,
-        "max_position_embeddings": shape.max_tokens,
-        "use_cache": False,
-    }
-    return LlamaConfig(**{**fields, **changes})
 
 
 def autocast(device: torch.device, *, bf16: bool = True) -> torch.autocast:

@@ -22,6 +22,7 @@ import onnxruntime  # noqa: E402
 from transformers import AutoConfig, LlamaForCausalLM  # noqa: E402
 
 from convert.batches import Example, collate  # noqa: E402
+from convert.distill import score  # noqa: E402
 from convert.export.gguf import pre_tokenizer_name, read_gguf, write_gguf  # noqa: E402
 from convert.export.gguf_run import gguf_logits  # noqa: E402
 from convert.export.onnx_graph import LABELS_KEY, ROPE_FACTORS_KEY, StudentConfig, build_guard_graph  # noqa: E402
@@ -29,6 +30,7 @@ from convert.export.rope import RopeError, rope_factors  # noqa: E402
 from convert.export.shape_sizes import synthetic_tokenizer  # noqa: E402
 from convert.export.transcode import TranscodeError, gguf_to_onnx, onnx_to_gguf, read_onnx  # noqa: E402
 from convert.fake_quant import bake_int4  # noqa: E402
+from convert.gptq import load_weights  # noqa: E402
 from convert.quantize import quantize_int4  # noqa: E402
 from convert.student import HEAD, Student  # noqa: E402
 from edgeguard.taxonomy import HAZARDS  # noqa: E402
@@ -177,6 +179,14 @@ def test_a_llama_3_2_base_becomes_a_student(folder: Path, case: Case, tmp_path: 
     loaded = Student.load(tmp_path)
     assert loaded.onnx_config(MAX_TOKENS) == case.config
     assert torch.equal(loaded.model.rotary_emb.inv_freq, base.model.rotary_emb.inv_freq)
+
+
+def test_a_student_read_from_a_container_keeps_the_scaling(case: Case, tmp_path: Path) -> None:
+    write_onnx(case, tmp_path / "a.onnx")
+    held = read_onnx(tmp_path / "a.onnx")
+    load_weights(Student.of_shape(held.config, HEAD), held.weights).save(tmp_path)
+    logits = score(Student.load(tmp_path), case.examples, 0, bf16=False)
+    np.testing.assert_allclose(logits, case.expected, atol=STRUCTURE_TOLERANCE)
 
 
 @pytest.mark.parametrize("build", [int4_graph, standard_graph])

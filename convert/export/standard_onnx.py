@@ -21,6 +21,7 @@ import contextlib
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from onnx import TensorProto, helper, numpy_helper
 from convert.export.onnx import save_checked
 from convert.export.onnx_graph import StudentConfig, Weights, check_weights, with_metadata
 from convert.quantize import GROUP_SIZE, Int4Weight, as_int4
+from edgeguard.bench.peer_files import transformers_config
 from edgeguard.engines.int4_weights import as_float32
 from edgeguard.errors import EdgeguardError
 
@@ -125,9 +127,7 @@ def _stand_in(config: StudentConfig) -> nn.Module:
     """A LlamaModel of this shape whose linears hold one number each; every number is another, so none are merged."""
     import torch
     from torch import nn
-    from transformers import LlamaModel
-
-    from convert.student import config_of
+    from transformers import LlamaConfig, LlamaModel
 
     class StandIn(nn.Module):
         """``x`` [..., K] -> [..., N] with a weight [1, 1] that the graph expands to [K, N]."""
@@ -140,8 +140,10 @@ def _stand_in(config: StudentConfig) -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.weight.expand(*self.shape)
 
-    # Eager attention has half the nodes of the fused kernel's decomposition.
-    shape = config_of(config, vocab_size=TRACED_VOCABULARY, attn_implementation="eager")
+    # Factors of a scaled RoPE divide the frequencies below: as a kind of scaling, they would be traced as branches.
+    plain = replace(config, vocab_size=TRACED_VOCABULARY, rope_factors=None)
+    shape = LlamaConfig(**transformers_config(plain, labels=(), pad_id=0), use_cache=False)
+    shape._attn_implementation = "eager"  # half the nodes of the fused kernel's decomposition
     with torch.device("meta"):
         model = LlamaModel(shape)
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
