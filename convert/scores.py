@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import click
@@ -22,7 +20,6 @@ from convert.corpora.registry import Row
 from convert.files import write_arrays
 from edgeguard.bundle import sha256_of
 from edgeguard.engines.byte_products import byte_products_are_exact
-from edgeguard.engines.int8 import unsigned_graph, write_int8_weights
 from edgeguard.errors import EdgeguardError
 from edgeguard.prompt import Template
 from edgeguard.taxonomy import HAZARDS
@@ -151,16 +148,14 @@ def onnx_stage(name: str, path: Path, pad_id: int, sets: tuple[str, ...] | None 
 
 def int8_stage(name: str, graph: Path, pad_id: int) -> Stage:
     """The INT8 graph ``graph``, or its twin, and the plan beside it, with weights made for this run alone."""
-    plan = graph.with_suffix(".json")
 
     def logits(examples: Sequence[Example]) -> np.ndarray:
-        unsigned = not byte_products_are_exact()
-        with TemporaryDirectory() as folder:
-            write_int8_weights(plan, Path(folder), unsigned=unsigned)
-            used = shutil.copy(unsigned_graph(graph) if unsigned else graph, folder)
-            return onnx_stage(name, Path(used), pad_id).logits(examples)
+        from convert.export.int8_graph import int8_model
 
-    return Stage(name, f"{sha256_of(graph)} {sha256_of(plan)}", logits)
+        with int8_model(graph, unsigned=not byte_products_are_exact()) as made:
+            return onnx_stage(name, made, pad_id).logits(examples)
+
+    return Stage(name, f"{sha256_of(graph)} {sha256_of(graph.with_suffix('.json'))}", logits)
 
 
 def gguf_stage(name: str, path: Path, sets: tuple[str, ...] | None = None) -> Stage:

@@ -1,4 +1,4 @@
-"""Products of bytes: whether a CPU's kernels cut them is found by computing, and decides the steps of INT8 weights."""
+"""Products of bytes: whether a CPU's kernels cut them is found by computing, and decides which INT8 graph runs."""
 
 from __future__ import annotations
 

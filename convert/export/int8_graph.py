@@ -7,9 +7,9 @@ The graph, ``model.int8.onnx``, holds no weights; it names a file of INT8 weight
 Activations are rounded to INT8 with one scale a token (with one a tensor, one outlier token would spoil all others): a
 row is divided by its largest magnitude, rounded by a constant scale, and the product multiplied back. uint8 with the
 zero point 128 times int8 is what MLAS has the fast kernel for; a twin of the graph, with weights in uint8, is for CPUs
-on which that kernel is not exact. One rounding serves every product that reads the row,
-and the row scale of ``up`` passes through the gate's product to the end of the MLP. What ``down_proj`` reads is turned
-before it is rounded (:mod:`edgeguard.engines.int8` says why).
+on which that kernel is not exact. One rounding serves every product that reads the row, and the row scale of ``up``
+passes through the gate's product to the end of the MLP. What ``down_proj`` reads is turned before it is rounded
+(:mod:`edgeguard.engines.int8` says why).
 
 Operators: onnxruntime ``docs/ContribOperators.md`` (MatMulIntegerToFloat).
 """
@@ -20,7 +20,8 @@ import hashlib
 import json
 import mmap
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -52,12 +53,13 @@ from edgeguard.errors import ParityError
 
 Shifts = Mapping[str, NDArray[np.int8]]
 
-__all__ = ["INT8_FILES", "INT8_GRAPH", "INT8_PLAN", "build_int8_graph", "export_int8"]
+__all__ = ["INT8_FILES", "INT8_GRAPH", "INT8_PLAN", "build_int8_graph", "export_int8", "int8_model"]
 
 INT8_GRAPH, INT8_PLAN = "model.int8.onnx", "model.int8.json"
 INT8_FILES = (INT8_GRAPH, unsigned_graph(Path(INT8_GRAPH)).name, INT8_PLAN)
 
-ZERO_POINT = 128
+PRODUCT = "MatMulIntegerToFloat"
+ZERO_POINT, ZERO_POINT_NAME = 128, "zero_point"
 LEAST = 1e-30  # of a row's magnitude: a row of zeros is divided by something
 NAME_DIGITS = 16
 INLINE_BYTES = 1024  # of a tensor that stands in the graph itself
@@ -72,27 +74,23 @@ def export_int8(
     tolerance: float,
     shifts: Shifts = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Write the INT8 graph, its twin and their plan beside ``source``, a ``model.onnx`` of ours; run them first.
+    """Write the INT8 graph, its twin and their plan beside ``source``, a ``model.onnx`` of ours, and run them.
 
     ``reference_logits`` and the samples: see :func:`convert.export.onnx.export_onnx`, which also says what is returned
-    and raised; ``shifts``: see :func:`build_int8_graph`. Nothing is kept of a graph that differs.
+    and raised; ``shifts``: see :func:`build_int8_graph`. Nothing is kept of a graph that differs from the reference.
     """
     from convert.export.transcode import read_onnx
 
     student = read_onnx(source)
-    name = _weights_name(source, shifts)
-    model, plan = build_int8_graph(student.weights, student.config, source, name, shifts)
-    twin, _ = build_int8_graph(student.weights, student.config, source, name, shifts, unsigned=True)
+    model, plan = build_int8_graph(student.weights, student.config, source, _weights_name(source, shifts), shifts)
+    twin = _unsigned_twin(model)
     raw_plan = (json.dumps(plan.to_dict()) + "\n").encode()
     for file, raw in zip(INT8_FILES, (model.SerializeToString(), twin.SerializeToString(), raw_plan), strict=True):
         write_whole(source.with_name(file), lambda path, raw=raw: path.write_bytes(raw))  # type: ignore[misc]
     try:
         # Both compute the same, where they are exact: the twin on every CPU.
         for unsigned in (False, True) if byte_products_are_exact() else (True,):
-            with TemporaryDirectory(dir=source.parent) as folder:  # on a disk: the system's own may be memory
-                graph = source.with_name(INT8_GRAPH)
-                graph = Path(shutil.copy(unsigned_graph(graph) if unsigned else graph, folder))
-                write_int8_weights(source.with_name(INT8_PLAN), Path(folder), unsigned=unsigned)
+            with int8_model(source.with_name(INT8_GRAPH), unsigned=unsigned) as graph:
                 logits = run_onnx(graph, sample_ids, sample_mask)
             figures = compare_logits(logits, reference_logits, tolerance=tolerance, name=graph.name)
         return figures
@@ -102,29 +100,47 @@ def export_int8(
         raise
 
 
+@contextmanager
+def int8_model(graph: Path, *, unsigned: bool) -> Iterator[Path]:
+    """``graph``, or its twin if ``unsigned``, beside weights made by its plan: a model that runs, while this lasts."""
+    with TemporaryDirectory(dir=graph.parent) as folder:  # on a disk: the system's own may be memory
+        write_int8_weights(graph.with_suffix(".json"), Path(folder), unsigned=unsigned)
+        yield Path(shutil.copy(unsigned_graph(graph) if unsigned else graph, folder))
+
+
 def build_int8_graph(
     weights: Weights,
     config: StudentConfig,
     source: Path,
     weights_name: str,
     shifts: Shifts = MappingProxyType({}),
-    *,
-    unsigned: bool = False,
 ) -> tuple[onnx.ModelProto, Plan]:
     """The INT8 graph of the student in ``source``, and the plan by which its file of weights is made.
 
     ``weights``, ``config``: as :func:`~convert.export.onnx_graph.build_guard_graph` took them for ``source``;
-    ``weights_name``: of the file that the graph will look for beside itself; ``shifts``: see :mod:`convert.smoothing`;
-    ``unsigned``: the twin, whose weights are uint8; the plan is the same. Inputs and output are those of the INT4
-    graph, and the keys and values of earlier tokens. Raises ValueError when ``source`` does not hold the very bytes of
-    a weight.
+    ``weights_name``: of the file that the graph will look for beside itself; ``shifts``: see :mod:`convert.smoothing`.
+    Inputs and output are those of the INT4 graph, and the keys and values of earlier tokens. Raises ValueError when
+    ``source`` does not hold the very bytes of a weight.
     """
     graph = _Int8Graph(weights, config, int4=True, accuracy_level=4)
     with source.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as held:
-        graph.keep_weights(held, source, weights_name, shifts, unsigned=unsigned)
+        graph.keep_weights(held, source, weights_name, shifts)
         graph.build()
         graph.move_large_ones()
     return graph.model(), Plan(source.name, weights_name, graph.end, tuple(graph.matrices), tuple(graph.copies))
+
+
+def _unsigned_twin(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph for weights in uint8, with the zero point that the rows have; the plan is the same."""
+    twin = onnx.ModelProto()
+    twin.CopyFrom(model)
+    for tensor in twin.graph.initializer:
+        if tensor.data_type == TensorProto.INT8:
+            tensor.data_type = TensorProto.UINT8
+    for node in twin.graph.node:
+        if node.op_type == PRODUCT:
+            node.input.append(ZERO_POINT_NAME)
+    return twin
 
 
 def _weights_name(source: Path, shifts: Shifts) -> str:
@@ -140,10 +156,9 @@ class _Int8Graph(GuardGraph):
 
     past = True
 
-    def keep_weights(self, held: mmap.mmap, source: Path, weights_name: str, shifts: Shifts, *, unsigned: bool) -> None:
+    def keep_weights(self, held: mmap.mmap, source: Path, weights_name: str, shifts: Shifts) -> None:
         """``held``: the bytes of the file ``source``; ``weights_name``: the file that the graph's weights are in."""
         self.held, self.source, self.weights_name, self.shifts = held, source, weights_name, shifts
-        self.unsigned = unsigned
         self.matrices: list[Matrix] = []
         self.copies: list[tuple[int, int, int]] = []
         self.end = 0
@@ -195,8 +210,7 @@ class _Int8Graph(GuardGraph):
         """Rows of ``x``, each over its magnitude, times the weights; ``turned``: see :class:`Matrix`."""
         weight, scales = self._int8(name, weights, turned=turned)
         inputs = [self._rounded(x)[0], weight, self._step(), scales, self._zero_point()]
-        inputs += [self._zero_point()] * self.unsigned  # of the weights: the same 128
-        return self._node("MatMulIntegerToFloat", inputs, f"{name}.product", domain=CONTRIB)
+        return self._node(PRODUCT, inputs, f"{name}.product", domain=CONTRIB)
 
     def _rounded(self, x: str) -> tuple[str, str]:
         """(uint8 rows of ``x``, each over its magnitude; magnitudes [..., 1]): made once for all that read ``x``."""
@@ -213,7 +227,7 @@ class _Int8Graph(GuardGraph):
         return self._scalar("step", 1 / STEPS)
 
     def _zero_point(self) -> str:
-        return self._initializer("zero_point", np.array(ZERO_POINT, np.uint8))
+        return self._initializer(ZERO_POINT_NAME, np.array(ZERO_POINT, np.uint8))
 
     def _int8(self, name: str, weights: Sequence[str], *, turned: bool) -> tuple[str, str]:
         """(int8 [K, N], float32 channel scales [N]) of INT4 weights, both in the file that the plan makes."""
@@ -223,8 +237,7 @@ class _Int8Graph(GuardGraph):
         scales = self._find(name, quantized.scales.tobytes())
         weight, channel = f"{name}.int8", f"{name}.channel_scales"
         to = self.end
-        data_type = TensorProto.UINT8 if self.unsigned else TensorProto.INT8
-        self.initializers[weight] = self._external(weight, data_type, (columns, rows), rows * columns)
+        self.initializers[weight] = self._external(weight, TensorProto.INT8, (columns, rows), rows * columns)
         shift = self.shifts.get(row_of(weights[0]))
         self.matrices.append(Matrix(nibbles, scales, (rows, columns), to, self.end, shift, turned))
         self.initializers[channel] = self._external(channel, TensorProto.FLOAT, (rows,), 4 * rows)
