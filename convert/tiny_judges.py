@@ -179,7 +179,7 @@ def write_gguf_judge(folder: Path, path: Path) -> Path:
     from gguf import GGUFWriter
     from transformers import AutoModelForCausalLM
 
-    from convert.export.gguf import permuted_rows, tensor_names
+    from edgeguard.engines.gguf_file import permuted_rows, tensor_names
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config

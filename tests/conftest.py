@@ -38,6 +38,14 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def int4_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a bundle with a tiny INT4 Llama. Read only."""
+    from export_support import write_int4_bundle
+
+    return write_int4_bundle(tmp_path_factory.mktemp("bundles") / "int4")
+
+
+@pytest.fixture(scope="session")
 def tiny_guard(tiny_bundle: Path) -> Guard:
     """A guard on the tiny bundle, one thread."""
     return Guard.load(tiny_bundle, threads=1)

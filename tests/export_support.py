@@ -1,4 +1,4 @@
-"""What the tests of exports and devices share: a tiny INT4 Llama as a bundle, made without torch."""
+"""What the tests of engines, exports and devices share: a tiny INT4 Llama as a bundle, made without torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from convert.quantize import quantize_int4
 from edgeguard import Guard
 from edgeguard.engines.int4_weights import Int4Weight, StudentConfig
 
-__all__ = ["CONFIG", "MAX_TOKENS", "read_lines", "tiny_weights", "write_int4_bundle", "write_lines"]
+__all__ = ["CONFIG", "MAX_TOKENS", "TOLERANCE", "read_lines", "tiny_weights", "write_int4_bundle", "write_lines"]
 
 MAX_TOKENS = 96
 CONFIG = StudentConfig(
@@ -36,22 +36,22 @@ CONFIG = StudentConfig(
 TOLERANCE = 1.0
 
 
-def tiny_weights(seed: int = 0) -> dict[str, Int4Weight | NDArray[np.float32]]:
+def tiny_weights(seed: int = 0, config: StudentConfig = CONFIG) -> dict[str, Int4Weight | NDArray[np.float32]]:
     """Matrices on the INT4 grid, norms and head of float32; every layer matters in the logits."""
     rng = np.random.default_rng(seed)
     weights: dict[str, Int4Weight | NDArray[np.float32]] = {}
-    for name, shape in CONFIG.shapes().items():
+    for name, shape in config.shapes().items():
         values = rng.uniform(0.5, 1.5, shape) if len(shape) == 1 else rng.standard_normal(shape) * 0.2
         weights[name] = quantize_int4(values) if name.startswith("model.") and len(shape) == 2 else np.float32(values)
     return weights
 
 
-def write_int4_bundle(folder: Path, seed: int = 0) -> Path:
+def write_int4_bundle(folder: Path, seed: int = 0, config: StudentConfig = CONFIG) -> Path:
     """A complete bundle with an INT4 Llama, whose self-test is what onnxruntime computes."""
     write_bundle(folder)
-    graph = build_guard_graph(tiny_weights(seed), CONFIG, labels=HEAD)
+    graph = build_guard_graph(tiny_weights(seed, config), config, labels=HEAD)
     (folder / "model.onnx").write_bytes(graph.SerializeToString())
-    edit_manifest(folder, lambda manifest: manifest.update(max_tokens=MAX_TOKENS))
+    edit_manifest(folder, lambda manifest: manifest.update(max_tokens=config.max_tokens))
     refresh_files(folder)
     guard = Guard.load(folder, engine="onnx", threads=1, self_test=False)
     margins = [guard.classify(prompt=prompt, response=response).margin for prompt, response in VECTORS]

@@ -16,7 +16,7 @@ from test_onnx_graph import BASE, changed, random_weights  # noqa: E402
 from tiny import TinyModel  # noqa: E402
 
 from convert.base import plain_tokenizer_json  # noqa: E402
-from convert.export.gguf import read_gguf, write_gguf  # noqa: E402
+from convert.export.gguf import write_gguf  # noqa: E402
 from convert.export.onnx_graph import StudentConfig, build_guard_graph  # noqa: E402
 from convert.export.shape_sizes import synthetic_tokenizer, write_untrained  # noqa: E402
 from convert.export.transcode import (  # noqa: E402
@@ -25,10 +25,11 @@ from convert.export.transcode import (  # noqa: E402
     gguf_to_onnx,
     onnx_to_gguf,
     read_onnx,
-    require_same_weights,
 )
 from convert.quantize import Int4Weight, quantize_int4  # noqa: E402
 from convert.smoke import write_base  # noqa: E402
+from edgeguard.engines.gguf_file import read_gguf  # noqa: E402
+from edgeguard.engines.int4_weights import require_same_weights  # noqa: E402
 from edgeguard.errors import ParityError  # noqa: E402
 
 LABELS = tuple(f"label{i}" for i in range(BASE.head_size))

@@ -20,7 +20,7 @@ from tiny import edit_manifest, refresh_files
 pytest.importorskip("onnx", reason="onnx is not installed: pip install 'edgeguard-runtime[test]'")
 jsonschema = pytest.importorskip("jsonschema")
 
-from export_support import read_lines, write_int4_bundle, write_lines  # noqa: E402
+from export_support import read_lines, write_lines  # noqa: E402
 
 from convert.corpora.registry import DATA_VARIABLE  # noqa: E402
 from device_tests import records, rows, targets  # noqa: E402
@@ -40,15 +40,9 @@ PLAN = Plan(device=None, unit="cpu", tokens=(24,), warmup=1, trials=3)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a tiny INT4 Llama. Read only."""
-    return write_int4_bundle(tmp_path_factory.mktemp("bundles") / "int4")
-
-
-@pytest.fixture(scope="module")
-def export(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+def export(int4_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """That bundle for onnxruntime. Read only: tests that change it copy it."""
-    return export_bundle("onnx", bundle, tmp_path_factory.mktemp("exports") / "onnx")
+    return export_bundle("onnx", int4_bundle, tmp_path_factory.mktemp("exports") / "onnx")
 
 
 @pytest.fixture
@@ -89,10 +83,10 @@ def only_record(results: Path) -> Record:
 
 
 @pytest.mark.parametrize("target", ["onnx", "gguf", "web"])  # android, executorch, ios, qnn: their exports' tests
-def test_a_run_on_this_machine(target: str, bundle: Path, export: Export, tmp_path: Path) -> None:
+def test_a_run_on_this_machine(target: str, int4_bundle: Path, export: Export, tmp_path: Path) -> None:
     require(target)
     ready = ("--export", export.bundle.path) if target == "onnx" else ()
-    result = run_local(target, bundle, tmp_path / "results", *ready, "--keep", tmp_path / "job")
+    result = run_local(target, int4_bundle, tmp_path / "results", *ready, "--keep", tmp_path / "job")
     assert result.exit_code == 0, result.output
     assert {"plan.json", "measured.json", "run.log"} <= {file.name for file in (tmp_path / "job").iterdir()}
     record = only_record(tmp_path / "results")
@@ -126,14 +120,14 @@ def test_a_person_may_start_the_script(export: Export, tmp_path: Path) -> None:
 # What must fail, in real runs
 
 
-def test_a_wrong_golden_vector_fails(bundle: Path, exported: Path, tmp_path: Path) -> None:
+def test_a_wrong_golden_vector_fails(int4_bundle: Path, exported: Path, tmp_path: Path) -> None:
     lines = read_lines(exported / "golden.jsonl")
     lines[0]["margin"] += 3
     lines[1]["ids"][3] += 1
     lines[2]["p_unsafe"] = 0.123
     write_lines(exported / "golden.jsonl", lines)
     refresh_files(exported)
-    result = run_local("onnx", bundle, tmp_path / "results", "--export", exported)
+    result = run_local("onnx", int4_bundle, tmp_path / "results", "--export", exported)
     assert result.exit_code == 1
     record = only_record(tmp_path / "results")
     assert [failure.split(":")[0].split(" (")[0] for failure in record.failures] == [
@@ -146,17 +140,17 @@ def test_a_wrong_golden_vector_fails(bundle: Path, exported: Path, tmp_path: Pat
     assert "**failed**: golden vector 1" in result.output
 
 
-def test_a_missing_model_fails(bundle: Path, exported: Path, tmp_path: Path) -> None:
+def test_a_missing_model_fails(int4_bundle: Path, exported: Path, tmp_path: Path) -> None:
     (exported / "model.onnx").unlink()
-    result = run_local("onnx", bundle, tmp_path / "results", "--export", exported)
+    result = run_local("onnx", int4_bundle, tmp_path / "results", "--export", exported)
     assert (result.exit_code, (tmp_path / "results").exists()) == (1, False)
     assert "model.onnx: expected a file of" in result.output and "found nothing" in result.output
 
 
-def test_a_model_that_goes_missing_on_the_device_fails(bundle: Path, exported: Path) -> None:
+def test_a_model_that_goes_missing_on_the_device_fails(int4_bundle: Path, exported: Path) -> None:
     opened = open_export(exported)
     (exported / "model.onnx").unlink()  # after it was verified here, as on a device that lost it
-    record = run_on_device(TARGETS["onnx"], opened, Bundle.open(bundle), Wanted(PLAN, 0, 0, 300.0))
+    record = run_on_device(TARGETS["onnx"], opened, Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 300.0))
     assert record.measured is None and record.golden is not None and record.golden.passed == 0
     assert "run.sh ended with exit code 1" in record.failures[0] and "model.onnx" in record.failures[0]
 
@@ -222,9 +216,9 @@ def change_measured(answers: Path, **changes: Any) -> None:
 
 
 def test_a_device_that_does_all_right_passes(
-    export: Export, bundle: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, int4_bundle: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = run_script(f'cp "{answers}"/* "$2"', export, bundle, tmp_path, monkeypatch)
+    record = run_script(f'cp "{answers}"/* "$2"', export, int4_bundle, tmp_path, monkeypatch)
     assert (record.failures, record.fell_back) == ((), False)
     assert record.golden is not None and record.golden.passed == record.golden.vectors
     row = matrix([record], 64).splitlines()[2]
@@ -264,13 +258,13 @@ def test_a_device_that_fails_is_a_failure(
     script: str,
     says: str,
     export: Export,
-    bundle: Path,
+    int4_bundle: Path,
     answers: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     within_s = 2 if script.startswith("sleep") else 60
-    record = run_script(script.format(answers=answers), export, bundle, tmp_path, monkeypatch, within_s)
+    record = run_script(script.format(answers=answers), export, int4_bundle, tmp_path, monkeypatch, within_s)
     assert any(says in failure for failure in record.failures), record.failures
     assert "**failed**" in matrix([record], 64)
     assert load_record_of(record, tmp_path) == record
@@ -297,13 +291,13 @@ def test_measurements_that_cannot_be_are_a_failure(
     changes: dict[str, Any],
     says: str,
     export: Export,
-    bundle: Path,
+    int4_bundle: Path,
     answers: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     change_measured(answers, **changes)
-    record = run_script(f'cp "{answers}"/* "$2"', export, bundle, tmp_path, monkeypatch)
+    record = run_script(f'cp "{answers}"/* "$2"', export, int4_bundle, tmp_path, monkeypatch)
     assert any(says in failure for failure in record.failures), record.failures
 
 
@@ -322,23 +316,23 @@ def test_another_unit_is_marked(
     fell_back: bool | None,
     shown: str,
     export: Export,
-    bundle: Path,
+    int4_bundle: Path,
     answers: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     change_measured(answers, compute={"asked": "npu", "used": used, "nodes": nodes, "evidence": "profile"})
     script = f'cp "{answers}"/* "$2" # "asked": "npu"'
-    record = run_script(script, export, bundle, tmp_path, monkeypatch)
+    record = run_script(script, export, int4_bundle, tmp_path, monkeypatch)
     assert (record.failures, record.fell_back) == ((), fell_back)
     assert shown in matrix([record], 64)
 
 
 def test_emulated_timings_are_not_printed(
-    export: Export, bundle: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, int4_bundle: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_measured(answers, device={**MEASURED["device"], "emulated_by": "qemu-user 10.0"})
-    record = run_script(f'cp "{answers}"/* "$2"', export, bundle, tmp_path, monkeypatch)
+    record = run_script(f'cp "{answers}"/* "$2"', export, int4_bundle, tmp_path, monkeypatch)
     table = matrix([record], 64)
     assert record.failures == () and len(record.summaries) == 1
     assert "emulated by qemu-user 10.0" in table and "| - | - | - | - |" in table
@@ -346,23 +340,23 @@ def test_emulated_timings_are_not_printed(
 
 
 def test_a_loud_machine_is_marked(
-    export: Export, bundle: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, int4_bundle: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_measured(answers, before={**NOTHING, "load_average": 3.2})
-    record = run_script(f'cp "{answers}"/* "$2"', export, bundle, tmp_path, monkeypatch)
+    record = run_script(f'cp "{answers}"/* "$2"', export, int4_bundle, tmp_path, monkeypatch)
     assert "real, load average 3.2 before" in matrix([record], 64)
 
 
 # Exports that do not fit
 
 
-def test_an_export_of_another_bundle_is_refused(bundle: Path, exported: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+def test_an_export_of_another_bundle_is_refused(int4_bundle: Path, exported: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(int4_bundle, tmp_path / "other"))
     edit_manifest(other, lambda manifest: manifest.update(version="0.0.2"))
     result = run_local("onnx", other, tmp_path / "results", "--export", exported)
     assert result.exit_code == 1 and "was made from another bundle (tiny@0.0.1)" in result.output
     with pytest.raises(DeviceTestError, match="expected an export for gguf, found one for onnx"):
-        run_on_device(TARGETS["gguf"], open_export(exported), Bundle.open(bundle), Wanted(PLAN, 0, 0, 60.0))
+        run_on_device(TARGETS["gguf"], open_export(exported), Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 60.0))
 
 
 @pytest.mark.parametrize(
@@ -410,8 +404,8 @@ def own_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own_sets")
-def test_agreement_is_measured_on_public_rows(bundle: Path, export: Export) -> None:
-    arguments = ("agreement", "onnx", "--bundle", bundle, "--export", export.bundle.path)
+def test_agreement_is_measured_on_public_rows(int4_bundle: Path, export: Export) -> None:
+    arguments = ("agreement", "onnx", "--bundle", int4_bundle, "--export", export.bundle.path)
     result = device_tests(*arguments, "--rows", "7")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -431,7 +425,7 @@ def test_the_same_seed_draws_the_same_rows() -> None:
 
 @pytest.mark.usefixtures("own_sets")
 def test_rows_that_the_device_judges_otherwise_are_counted(
-    export: Export, bundle: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, int4_bundle: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change = """
 import json, sys
@@ -448,17 +442,17 @@ for i, line in enumerate(lines):
     (tmp_path / "phone" / "run.sh").write_text(f"#!/usr/bin/env bash\nset -eu\n{script}\n")
     (tmp_path / "phone" / "run.sh").chmod(0o755)
     target = DeviceTarget("phone", "onnx", "local", ("cpu",), ())
-    found = run_on_device(target, export, Bundle.open(bundle), Wanted(PLAN, 8, 0, 60.0)).agreement
+    found = run_on_device(target, export, Bundle.open(int4_bundle), Wanted(PLAN, 8, 0, 60.0)).agreement
     assert found is not None
     assert (found.rows, found.agree, found.share, found.same_ids) == (8, 6, 0.75, 7)
     assert found.largest_difference == pytest.approx(1) and len(found.differing) == 2
 
 
 def test_without_data_agreement_is_skipped_and_says_so(
-    bundle: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    int4_bundle: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "nowhere"))
-    arguments = ("agreement", "onnx", "--bundle", bundle, "--export", export.bundle.path)
+    arguments = ("agreement", "onnx", "--bundle", int4_bundle, "--export", export.bundle.path)
     result = device_tests(*arguments)
     assert (result.exit_code, result.stdout) == (0, "")
     assert "skipped" in result.stderr and "nowhere" in result.stderr

@@ -17,18 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tiny import HEAD, TEMPLATE, VECTORS, edit_manifest, make_tokenizer, refresh_files, write_bundle
+from tiny import HEAD, TEMPLATE, edit_manifest, make_tokenizer, refresh_files, write_bundle
 
 EXTRA = "pip install 'edgeguard-runtime[gguf]'"
 llama_cpp = pytest.importorskip("llama_cpp", reason=f"needs llama-cpp-python: {EXTRA}")
 pytest.importorskip("gguf", reason=f"needs gguf: {EXTRA}")
 pytest.importorskip("onnx", reason=f"needs onnx: {EXTRA}")
 
+import export_support  # noqa: E402
 import onnxruntime  # noqa: E402
+from export_support import tiny_weights, write_int4_bundle  # noqa: E402
 
-from convert.export.gguf import _add_tokenizer, write_gguf  # noqa: E402
+from convert.export.gguf import write_gguf  # noqa: E402
 from convert.export.onnx_graph import build_guard_graph  # noqa: E402
-from convert.quantize import quantize_int4  # noqa: E402
 from edgeguard import Guard  # noqa: E402
 from edgeguard.bundle import Bundle, default_bundle_path  # noqa: E402
 from edgeguard.cache import CACHE_VARIABLE  # noqa: E402
@@ -38,59 +39,18 @@ from edgeguard.engines.gguf_body import engine_files  # noqa: E402
 from edgeguard.engines.gguf_file import add_config, add_weights, finish, permuted_rows, tensor_names  # noqa: E402
 from edgeguard.engines.gguf_llama import LlamaModel, has_metal  # noqa: E402
 from edgeguard.engines.gguf_source import read_onnx  # noqa: E402
-from edgeguard.engines.int4_weights import Int4Weight, StudentConfig, Weights  # noqa: E402
+from edgeguard.engines.int4_weights import Int4Weight  # noqa: E402
 from edgeguard.errors import BundleError, EngineError  # noqa: E402
+from edgeguard.export.gguf_write import add_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = make_tokenizer()
 MAX_TOKENS = 600
-CONFIG = StudentConfig(
-    vocab_size=TOKENIZER.get_vocab_size(),
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    rope_theta=100_000.0,
-    max_tokens=MAX_TOKENS,
-    head_size=len(HEAD),
-)
+CONFIG = dataclasses.replace(export_support.CONFIG, num_layers=3, max_tokens=MAX_TOKENS)
+WEIGHTS = tiny_weights(config=CONFIG)
 # Activations in INT8 against float32, as far apart as onnxruntime's INT4 kernel and float32 are, of logits that spread
 # by two: the mean difference seen is 0.05, the largest 0.5. A structural fault moves the mean by one and more.
 MEAN_TOLERANCE, FLOAT_TOLERANCE = 0.1, 1.0
-
-
-def random_weights(config: StudentConfig = CONFIG, seed: int = 0) -> dict[str, Int4Weight | NDArray[np.float32]]:
-    """Matrices on the INT4 grid, norms and head of float32; every layer matters in the logits."""
-    rng = np.random.default_rng(seed)
-    weights: dict[str, Int4Weight | NDArray[np.float32]] = {}
-    for name, shape in config.shapes().items():
-        values = rng.uniform(0.5, 1.5, shape) if len(shape) == 1 else rng.standard_normal(shape) * 0.2
-        weights[name] = quantize_int4(values) if name.startswith("model.") and len(shape) == 2 else np.float32(values)
-    return weights
-
-
-WEIGHTS = random_weights()
-
-
-def write_onnx_bundle(folder: Path, weights: Weights = WEIGHTS) -> Path:
-    """The tiny bundle with an INT4 student, whose self-test is what onnxruntime computes."""
-    write_bundle(folder)
-    (folder / "model.onnx").write_bytes(build_guard_graph(weights, CONFIG, labels=HEAD).SerializeToString())
-    edit_manifest(folder, lambda manifest: manifest.update(max_tokens=MAX_TOKENS))
-    refresh_files(folder)
-    guard = Guard.load(folder, engine="onnx", threads=1, self_test=False)
-    margins = [guard.classify(prompt=prompt, response=response).margin for prompt, response in VECTORS]
-
-    def edit(manifest: dict[str, Any]) -> None:
-        manifest["self_test"]["tolerance"] = FLOAT_TOLERANCE
-        for vector, margin in zip(manifest["self_test"]["vectors"], margins, strict=True):
-            vector["margin"] = margin
-
-    edit_manifest(folder, edit)
-    return folder
 
 
 def write_gguf_bundle(folder: Path, onnx_bundle: Path, **about: str) -> Path:
@@ -126,7 +86,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def onnx_bundle(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    return write_onnx_bundle(tmp_path_factory.mktemp("bundles") / "onnx")
+    return write_int4_bundle(tmp_path_factory.mktemp("bundles") / "onnx", config=CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +289,7 @@ def test_what_is_no_batch_is_refused(engine: GgufEngine, ids: Any, mask: Any) ->
 
 def test_a_logit_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     broken = {**WEIGHTS, "model.norm.weight": np.full(CONFIG.hidden_size, np.nan, np.float32)}
-    folder = write_onnx_bundle(tmp_path / "nan")
+    folder = write_int4_bundle(tmp_path / "nan", config=CONFIG)
     (folder / "model.onnx").write_bytes(build_guard_graph(broken, CONFIG, labels=HEAD).SerializeToString())
     refresh_files(folder)
     with pytest.raises(EngineError, match="returned a logit that is not finite"):
@@ -409,7 +369,7 @@ def test_a_gguf_that_says_nothing_sensible_of_its_bundle(onnx_bundle: Path, tmp_
 
 def test_the_cached_file_of_another_bundle_is_refused(onnx_bundle: Path, tmp_path: Path) -> None:
     """Even when it stands under the right name, with the right sum."""
-    other = write_onnx_bundle(tmp_path / "other", random_weights(seed=9))
+    other = write_int4_bundle(tmp_path / "other", seed=9, config=CONFIG)
     bundle = Bundle.open(other)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
@@ -482,7 +442,7 @@ JUDGE_TOKENS = {"safe": 290, "unsafe": 117}
 JUDGE = dataclasses.replace(CONFIG, head_size=CONFIG.vocab_size)
 JUDGE_WEIGHTS = {
     name: weight.dequantize() if isinstance(weight, Int4Weight) else weight
-    for name, weight in random_weights(JUDGE).items()
+    for name, weight in tiny_weights(config=JUDGE).items()
 }
 
 
@@ -495,7 +455,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model.onnx").unlink()
     writer = GGUFWriter(folder / "model.gguf", "llama")
     add_config(writer, JUDGE)
-    _add_tokenizer(writer, TOKENIZER.to_str(), TEMPLATE.reserved, "gpt-2", JUDGE.vocab_size)
+    add_tokenizer(writer, TOKENIZER.to_str(), TEMPLATE.reserved, "gpt-2", JUDGE.vocab_size)
     add_weights(writer, JUDGE_WEIGHTS, JUDGE)
     writer.add_tensor("output.weight", JUDGE_WEIGHTS["head.weight"])
     finish(writer)

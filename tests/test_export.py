@@ -49,12 +49,6 @@ def onnx_export(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def int4_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a tiny INT4 Llama. Read only."""
-    return write_int4_bundle(tmp_path_factory.mktemp("bundles") / "int4")
-
-
-@pytest.fixture(scope="module")
 def gguf_export(int4_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """That bundle as the target gguf, for at most 80 tokens. Read only."""
     pytest.importorskip("llama_cpp", reason=GGUF_MISSING)
@@ -320,7 +314,7 @@ def test_a_bundle_is_no_export(tiny_bundle: Path) -> None:
 
 def test_gguf_holds_the_same_integers(gguf_export: Export, int4_bundle: Path) -> None:
     from edgeguard.engines.gguf_file import read_gguf
-    from edgeguard.export.gguf_write import require_same_weights
+    from edgeguard.engines.int4_weights import require_same_weights
 
     found = read_gguf(gguf_export.bundle.path / "model.gguf")
     require_same_weights(found.weights, read_onnx(int4_bundle / "model.onnx").weights, "model.gguf")

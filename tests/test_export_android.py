@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("onnx", reason="onnx is not installed: pip install 'edgeguard-runtime[test]'")
 
-from export_support import CONFIG, TOLERANCE, read_lines, tiny_weights, write_int4_bundle, write_lines  # noqa: E402
+from export_support import CONFIG, TOLERANCE, read_lines, tiny_weights, write_lines  # noqa: E402
 from tiny import refresh_files  # noqa: E402
 
 from device_tests.drive import Wanted, run_on_device  # noqa: E402
@@ -38,32 +38,26 @@ PLAN = Plan(device=None, unit="cpu", tokens=(24,), warmup=1, trials=2)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a tiny INT4 Llama. Read only."""
-    return write_int4_bundle(tmp_path_factory.mktemp("bundles") / "int4")
-
-
-@pytest.fixture(scope="module")
-def export(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+def export(int4_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """That bundle for Android, without a ``.pte``. Read only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pte, "_missing", lambda: ["executorch"])
-        return export_bundle("android", bundle, tmp_path_factory.mktemp("exports") / "android")
+        return export_bundle("android", int4_bundle, tmp_path_factory.mktemp("exports") / "android")
 
 
 @pytest.fixture(scope="module")
-def with_pte(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+def with_pte(int4_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """That bundle for Android, with a ``.pte``. Read only."""
-    return export_bundle("android", bundle, tmp_path_factory.mktemp("exports") / "pte")
+    return export_bundle("android", int4_bundle, tmp_path_factory.mktemp("exports") / "pte")
 
 
 # The export
 
 
-def test_without_executorch_the_export_says_what_was_left_out(export: Export, bundle: Path) -> None:
+def test_without_executorch_the_export_says_what_was_left_out(export: Export, int4_bundle: Path) -> None:
     check, folder = export.facts.check, export.bundle.path
     assert export.facts.model_files == ("model.onnx",) and not (folder / "model.pte").exists()
-    assert (folder / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
+    assert (folder / "model.onnx").read_bytes() == (int4_bundle / "model.onnx").read_bytes()
     assert check.vectors >= 12 and check.runtime is not None and check.runtime.startswith("onnxruntime ")
     assert check.not_verified[0].startswith("model.pte was left out: executorch is not installed here")
     assert "nothing ran on Android" in check.not_verified[1]
@@ -180,9 +174,9 @@ def run_on_phone(
 
 
 def test_a_phone_that_does_all_right_passes(
-    export: Export, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = run_on_phone(export, bundle, tmp_path, monkeypatch)
+    record = run_on_phone(export, int4_bundle, tmp_path, monkeypatch)
     assert (record.failures, record.fell_back) == ((), False)
     assert record.golden is not None and record.golden.passed == record.golden.vectors >= 12
     assert record.model.size_bytes == (export.bundle.path / "model.onnx").stat().st_size
@@ -190,7 +184,7 @@ def test_a_phone_that_does_all_right_passes(
 
 
 def test_a_wrong_golden_vector_fails(
-    export: Export, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = Path(shutil.copytree(export.bundle.path, tmp_path / "export"))
     lines = read_lines(changed / "golden.jsonl")
@@ -198,48 +192,48 @@ def test_a_wrong_golden_vector_fails(
     lines[1]["ids"][3] += 1
     write_lines(changed / "golden.jsonl", lines)
     refresh_files(changed)
-    record = run_on_phone(open_export(changed), bundle, tmp_path, monkeypatch)
+    record = run_on_phone(open_export(changed), int4_bundle, tmp_path, monkeypatch)
     assert any("golden vector 1" in failure and "expected a margin" in failure for failure in record.failures)
     assert any("golden vector 2" in failure and "other token ids" in failure for failure in record.failures)
 
 
 def test_a_model_that_is_missing_on_the_phone_fails(
-    export: Export, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = open_export(Path(shutil.copytree(export.bundle.path, tmp_path / "export")))
     (opened.bundle.path / "model.onnx").unlink()
-    record = run_on_phone(opened, bundle, tmp_path, monkeypatch)
+    record = run_on_phone(opened, int4_bundle, tmp_path, monkeypatch)
     assert "run.sh ended with exit code 1" in record.failures[0] and "Process crashed" in record.failures[0]
 
 
 def test_a_crash_of_the_app_fails(
-    export: Export, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = run_on_phone(export, bundle, tmp_path, monkeypatch, crash=True)
+    record = run_on_phone(export, int4_bundle, tmp_path, monkeypatch, crash=True)
     assert record.measured is None and "Process crashed" in record.failures[0]
 
 
 def test_without_phone_and_emulator_the_run_says_so(
-    export: Export, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, int4_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if shutil.which("adb"):
         pytest.skip("adb is installed here")
     monkeypatch.delenv("EDGEGUARD_ARM64", raising=False)
-    record = run_on_device(TARGETS["android"], export, Bundle.open(bundle), Wanted(PLAN, 0, 0, 60.0))
+    record = run_on_device(TARGETS["android"], export, Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 60.0))
     assert "adb sees no Android device" in record.failures[0] and "arm64.sh" in record.failures[0]
 
 
-def test_an_export_without_the_pte_is_refused(export: Export, bundle: Path) -> None:
+def test_an_export_without_the_pte_is_refused(export: Export, int4_bundle: Path) -> None:
     with pytest.raises(DeviceTestError, match=r"expected model.pte, found model.onnx"):
-        run_on_device(TARGETS["executorch"], export, Bundle.open(bundle), Wanted(PLAN, 0, 0, 60.0))
+        run_on_device(TARGETS["executorch"], export, Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 60.0))
 
 
 # Real runs
 
 
 @needs_executorch
-def test_executorch_on_this_machine(with_pte: Export, bundle: Path) -> None:
-    record = run_on_device(TARGETS["executorch"], with_pte, Bundle.open(bundle), Wanted(PLAN, 0, 0, 300.0))
+def test_executorch_on_this_machine(with_pte: Export, int4_bundle: Path) -> None:
+    record = run_on_device(TARGETS["executorch"], with_pte, Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 300.0))
     assert record.failures == () and record.measured is not None
     assert record.measured.runtime == "executorch" and record.measured.device.emulated_by is None
     assert record.model.size_bytes == (with_pte.bundle.path / "model.pte").stat().st_size
@@ -247,9 +241,9 @@ def test_executorch_on_this_machine(with_pte: Export, bundle: Path) -> None:
 
 @pytest.mark.device
 @needs_arm64
-def test_arm_kernels_under_qemu(export: Export, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arm_kernels_under_qemu(export: Export, int4_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHON", sys.executable)
-    record = run_on_device(TARGETS["android"], export, Bundle.open(bundle), Wanted(PLAN, 0, 0, 600.0))
+    record = run_on_device(TARGETS["android"], export, Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 600.0))
     assert record.failures == () and record.measured is not None
     assert record.measured.device.architecture == "aarch64"
     assert str(record.measured.device.emulated_by).startswith("qemu-user ")

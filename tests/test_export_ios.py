@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("onnx", reason="onnx is not installed: pip install 'edgeguard-runtime[test]'")
 
 from cli_support import run  # noqa: E402
-from export_support import CONFIG, TOLERANCE, read_lines, tiny_weights, write_int4_bundle, write_lines  # noqa: E402
+from export_support import CONFIG, TOLERANCE, read_lines, tiny_weights, write_lines  # noqa: E402
 from tiny import refresh_files  # noqa: E402
 
 from device_tests.drive import Wanted, run_on_device  # noqa: E402
@@ -38,25 +38,19 @@ HELD = ("model.mlpackage.zip", "model.gguf")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a tiny INT4 Llama. Read only."""
-    return write_int4_bundle(tmp_path_factory.mktemp("bundles") / "int4")
-
-
-@pytest.fixture(scope="module")
-def export(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+def export(int4_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """That bundle for iOS, without a ``.pte``. Read only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pte, "_missing", lambda: ["executorch"])
-        return export_bundle("ios", bundle, tmp_path_factory.mktemp("exports") / "ios")
+        return export_bundle("ios", int4_bundle, tmp_path_factory.mktemp("exports") / "ios")
 
 
 def test_without_coremltools_the_export_is_refused(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "coremltools" else find(name))
-    result = run("export", "--target", "ios", "--bundle", bundle, "-o", tmp_path / "ios")
+    result = run("export", "--target", "ios", "--bundle", int4_bundle, "-o", tmp_path / "ios")
     assert result.exit_code == 1 and "needs coremltools, which is not installed" in result.stderr
     assert not (tmp_path / "ios").exists()
 
@@ -105,7 +99,7 @@ def test_functions_share_their_weights(export: Export) -> None:
 
 
 @needs_coremltools
-def test_another_models_package_is_found(export: Export, bundle: Path, tmp_path: Path) -> None:
+def test_another_models_package_is_found(export: Export, int4_bundle: Path, tmp_path: Path) -> None:
     changed = tmp_path / "export"
     shutil.copytree(export.bundle.path, changed)
     coreml.write_package(tiny_weights(seed=1), CONFIG, changed / HELD[0], about="another")
@@ -136,10 +130,10 @@ def test_values_that_fp16_cannot_square_do_no_harm(tmp_path: Path) -> None:
 
 
 @needs_coremltools
-def test_without_a_mac_numpy_computes(export: Export, bundle: Path) -> None:
+def test_without_a_mac_numpy_computes(export: Export, int4_bundle: Path) -> None:
     if shutil.which("xcodebuild"):
         pytest.skip("xcodebuild is installed here: run.sh asks Core ML")
-    record = run_on_device(TARGETS["ios"], export, Bundle.open(bundle), Wanted(PLAN, 0, 0, 300.0))
+    record = run_on_device(TARGETS["ios"], export, Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 300.0))
     assert record.failures == () and record.golden is not None and record.golden.passed == record.golden.vectors
     assert record.fell_back is True  # the Neural Engine was asked for
     table = matrix([record], 64)
@@ -147,7 +141,7 @@ def test_without_a_mac_numpy_computes(export: Export, bundle: Path) -> None:
 
 
 @needs_coremltools
-def test_a_wrong_golden_vector_and_a_missing_model_fail(export: Export, bundle: Path, tmp_path: Path) -> None:
+def test_a_wrong_golden_vector_and_a_missing_model_fail(export: Export, int4_bundle: Path, tmp_path: Path) -> None:
     if shutil.which("xcodebuild"):
         pytest.skip("xcodebuild is installed here: run.sh asks Core ML")
     changed = Path(shutil.copytree(export.bundle.path, tmp_path / "export"))
@@ -156,16 +150,16 @@ def test_a_wrong_golden_vector_and_a_missing_model_fail(export: Export, bundle: 
     write_lines(changed / "golden.jsonl", lines)
     refresh_files(changed)
     opened, wanted = open_export(changed), Wanted(PLAN, 0, 0, 300.0)
-    record = run_on_device(TARGETS["ios"], opened, Bundle.open(bundle), wanted)
+    record = run_on_device(TARGETS["ios"], opened, Bundle.open(int4_bundle), wanted)
     assert any("golden vector 1" in failure and "expected a margin" in failure for failure in record.failures)
     (changed / HELD[0]).unlink()
-    record = run_on_device(TARGETS["ios"], opened, Bundle.open(bundle), wanted)
+    record = run_on_device(TARGETS["ios"], opened, Bundle.open(int4_bundle), wanted)
     assert "run.sh ended with exit code 1" in record.failures[0] and HELD[0] in record.failures[0]
 
 
 @needs_coremltools
 def test_a_crash_of_the_test_fails(
-    export: Export, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Export, int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A script stands for xcodebuild, that ends as the real one does when the test crashes."""
     for name, text in {
@@ -179,7 +173,7 @@ def test_a_crash_of_the_test_fails(
         (tmp_path / "unzip").write_text("#!/bin/sh\nexit 0\n")
         (tmp_path / "unzip").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    record = run_on_device(TARGETS["ios"], export, Bundle.open(bundle), Wanted(PLAN, 0, 0, 60.0))
+    record = run_on_device(TARGETS["ios"], export, Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 60.0))
     shutil.rmtree(TARGETS["ios"].script.parent / "project" / "payload", ignore_errors=True)
     assert record.measured is None and "ended with exit code 65: ** TEST FAILED **" in record.failures[0]
 

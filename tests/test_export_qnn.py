@@ -17,7 +17,7 @@ pytest.importorskip("onnx", reason="onnx is not installed: pip install 'edgeguar
 
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
-from export_support import CONFIG, MAX_TOKENS, read_lines, tiny_weights, write_int4_bundle, write_lines  # noqa: E402
+from export_support import CONFIG, MAX_TOKENS, read_lines, tiny_weights, write_lines  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 from tiny import edit_manifest, refresh_files  # noqa: E402
@@ -42,15 +42,9 @@ PLAN = Plan(device=None, unit="npu", tokens=(), warmup=0, trials=1)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a tiny INT4 Llama. Read only."""
-    return write_int4_bundle(tmp_path_factory.mktemp("bundles") / "int4")
-
-
-@pytest.fixture(scope="module")
-def export(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+def export(int4_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """That bundle for the NPU. Read only: tests that change it copy it."""
-    return export_bundle("qnn", bundle, tmp_path_factory.mktemp("exports") / "qnn")
+    return export_bundle("qnn", int4_bundle, tmp_path_factory.mktemp("exports") / "qnn")
 
 
 # The graph
@@ -170,11 +164,11 @@ def test_check_takes_the_shortest_graph(export: Export) -> None:
     assert done.stdout.strip() == f"[64, 64, {MAX_TOKENS}] True", done.stderr
 
 
-def test_texts_for_calibration_widen_the_ranges(bundle: Path, export: Export, tmp_path: Path) -> None:
+def test_texts_for_calibration_widen_the_ranges(int4_bundle: Path, export: Export, tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"prompt": f"the thing {i} @#~{{}}" * 3}) + "\n" for i in range(8)))
     out = tmp_path / "made"
-    result = run("export", "--target", "qnn", "--bundle", bundle, "--calibration", texts, "-o", out)
+    result = run("export", "--target", "qnn", "--bundle", int4_bundle, "--calibration", texts, "-o", out)
     assert result.exit_code == 0, result.stderr
 
     def scales(folder: Path) -> dict[str, float]:
@@ -196,17 +190,17 @@ def test_texts_for_calibration_widen_the_ranges(bundle: Path, export: Export, tm
     ],
 )
 def test_texts_that_cannot_be_used_are_refused(
-    text: str, target: str, code: int, says: str, bundle: Path, tmp_path: Path
+    text: str, target: str, code: int, says: str, int4_bundle: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "texts.jsonl").write_text(text)
     arguments = ("--calibration", tmp_path / "texts.jsonl", "-o", tmp_path / "made")
-    result = run("export", "--target", target, "--bundle", bundle, *arguments)
+    result = run("export", "--target", target, "--bundle", int4_bundle, *arguments)
     assert result.exit_code == code and says in " ".join(result.stderr.split())
     assert not (tmp_path / "made").exists()
 
 
-def test_a_bundle_without_onnx_is_refused(bundle: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+def test_a_bundle_without_onnx_is_refused(int4_bundle: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(int4_bundle, tmp_path / "other"))
     edit_manifest(other, lambda manifest: manifest["files"]["model.onnx"].update(engine="gguf"))
     with pytest.raises(ExportError, match="expected a file for the engine 'onnx'"):
         from edgeguard.export.qnn import TARGET
@@ -214,10 +208,10 @@ def test_a_bundle_without_onnx_is_refused(bundle: Path, tmp_path: Path) -> None:
         TARGET.make(Bundle.open(other), tmp_path)
 
 
-def test_the_extra_that_is_missing_is_named(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_extra_that_is_missing_is_named(int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "edgeguard.export.qnn_graph", None)
     with pytest.raises(ExportError, match=r"edgeguard-runtime\[qnn\]"):
-        export_bundle("qnn", bundle, tmp_path / "made")
+        export_bundle("qnn", int4_bundle, tmp_path / "made")
 
 
 # On Qualcomm's library
@@ -225,8 +219,8 @@ def test_the_extra_that_is_missing_is_named(bundle: Path, tmp_path: Path, monkey
 
 @pytest.mark.device
 @needs_qnn
-def test_all_nodes_run_on_the_npu_backend(bundle: Path, export: Export) -> None:
-    record = run_on_device(TARGETS["qnn"], export, Bundle.open(bundle), Wanted(PLAN, 0, 0, 300.0))
+def test_all_nodes_run_on_the_npu_backend(int4_bundle: Path, export: Export) -> None:
+    record = run_on_device(TARGETS["qnn"], export, Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 300.0))
     assert (record.failures, record.fell_back) == ((), False)
     assert record.golden is not None and record.golden.passed == record.golden.vectors >= 12
     assert record.measured is not None and record.measured.compute.used == ("npu",)
@@ -238,7 +232,7 @@ def test_all_nodes_run_on_the_npu_backend(bundle: Path, export: Export) -> None:
 
 @pytest.mark.device
 @needs_qnn
-def test_nodes_that_the_npu_does_not_take_are_marked(bundle: Path, export: Export, tmp_path: Path) -> None:
+def test_nodes_that_the_npu_does_not_take_are_marked(int4_bundle: Path, export: Export, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export.bundle.path, tmp_path / "export"))
     model = onnx.load(folder / "model.64.onnx", load_external_data=False)
     # A detour through an operator that the provider does not know.
@@ -254,7 +248,7 @@ def test_nodes_that_the_npu_does_not_take_are_marked(bundle: Path, export: Expor
     model.graph.node.append(onnx.helper.make_node("Reshape", ["dets", back.name], ["logits"]))
     (folder / "model.64.onnx").write_bytes(model.SerializeToString())
     refresh_files(folder)
-    record = run_on_device(TARGETS["qnn"], open_export(folder), Bundle.open(bundle), Wanted(PLAN, 0, 0, 300.0))
+    record = run_on_device(TARGETS["qnn"], open_export(folder), Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 300.0))
     assert record.failures == () and record.fell_back is True
     assert record.measured is not None and record.measured.compute.used == ("cpu", "npu")
     assert "**partly fell back**" in matrix([record], 64)
@@ -262,33 +256,33 @@ def test_nodes_that_the_npu_does_not_take_are_marked(bundle: Path, export: Expor
 
 @pytest.mark.device
 @needs_qnn
-def test_a_wrong_golden_vector_fails(bundle: Path, export: Export, tmp_path: Path) -> None:
+def test_a_wrong_golden_vector_fails(int4_bundle: Path, export: Export, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export.bundle.path, tmp_path / "export"))
     lines = read_lines(folder / "golden.jsonl")
     lines[0]["margin"] += 9
     write_lines(folder / "golden.jsonl", lines)
     refresh_files(folder)
-    record = run_on_device(TARGETS["qnn"], open_export(folder), Bundle.open(bundle), Wanted(PLAN, 0, 0, 300.0))
+    record = run_on_device(TARGETS["qnn"], open_export(folder), Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 300.0))
     assert record.failures and all(failure.startswith("golden vector 1 ") for failure in record.failures)
 
 
 @pytest.mark.device
 @needs_qnn
 @pytest.mark.parametrize("name", ["model.64.onnx", "weights.bin"])
-def test_a_missing_model_fails(name: str, bundle: Path, export: Export, tmp_path: Path) -> None:
+def test_a_missing_model_fails(name: str, int4_bundle: Path, export: Export, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export.bundle.path, tmp_path / "export"))
     opened = open_export(folder)
     (folder / name).unlink()  # as on a device that lost it
-    record = run_on_device(TARGETS["qnn"], opened, Bundle.open(bundle), Wanted(PLAN, 0, 0, 300.0))
+    record = run_on_device(TARGETS["qnn"], opened, Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 300.0))
     assert record.golden is None or record.golden.passed == 0
     assert any("run.sh ended with exit code" in failure and name in failure for failure in record.failures)
 
 
-def test_a_crash_fails(bundle: Path, export: Export, tmp_path: Path) -> None:
+def test_a_crash_fails(int4_bundle: Path, export: Export, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(export.bundle.path, tmp_path / "export"))
     opened = open_export(folder)
     (folder / "check.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
-    record = run_on_device(TARGETS["qnn"], opened, Bundle.open(bundle), Wanted(PLAN, 0, 0, 300.0))
+    record = run_on_device(TARGETS["qnn"], opened, Bundle.open(int4_bundle), Wanted(PLAN, 0, 0, 300.0))
     assert any("run.sh ended with exit code 1" in failure for failure in record.failures), record.failures
     assert record.measured is None and "**failed**" in matrix([record], 64)
 

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 
 pytest.importorskip("onnx", reason="onnx is not installed: pip install 'edgeguard-runtime[test]'")
 
-from export_support import write_int4_bundle  # noqa: E402
 
 from edgeguard.bundle import default_bundle_path  # noqa: E402
 from edgeguard.calibration import Calibration  # noqa: E402
@@ -35,12 +34,6 @@ needs_modules = pytest.mark.skipif(
     MODULES_VARIABLE not in os.environ,
     reason=f"{MODULES_VARIABLE} names no folder with {' and '.join(web.PACKAGES)}",
 )
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a tiny INT4 Llama. Read only."""
-    return write_int4_bundle(tmp_path_factory.mktemp("bundles") / "int4")
 
 
 def in_node(script: str, value: Any, folder: Path) -> Any:
@@ -188,33 +181,35 @@ def test_an_unknown_way_of_splitting_is_refused() -> None:
 
 
 def test_without_node_the_export_says_what_was_not_verified(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    result = run("export", "--target", "web", "--bundle", bundle, "-o", tmp_path / "web")
+    result = run("export", "--target", "web", "--bundle", int4_bundle, "-o", tmp_path / "web")
     assert result.exit_code == 0 and "the golden vectors were not computed: node is not installed" in result.stderr
     export = open_export(tmp_path / "web")
     assert set(export.bundle.manifest.files) == {
         *("model.onnx", "README.md", "check.mjs", "edgeguard.mjs", "export.json"),
         *("golden.jsonl", "index.html", "package.json", "tokenizer.json"),
     }
-    assert (tmp_path / "web" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
+    assert (tmp_path / "web" / "model.onnx").read_bytes() == (int4_bundle / "model.onnx").read_bytes()
     assert Tokenizer.from_file(str(tmp_path / "web" / "tokenizer.json")).get_vocab_size() > 0
     assert run("verify", tmp_path / "web", "--threads", "1").exit_code == 0
 
 
 @needs_node
-def test_without_the_packages_the_export_says_so(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_packages_the_export_says_so(
+    int4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(MODULES_VARIABLE, str(tmp_path / "nowhere"))
-    check = export_bundle("web", bundle, tmp_path / "web").facts.check
+    check = export_bundle("web", int4_bundle, tmp_path / "web").facts.check
     assert check.vectors == 0 and "onnxruntime-web, @huggingface/tokenizers is not installed" in check.not_verified[0]
     assert not (tmp_path / "web" / "node_modules").is_symlink()
 
 
 @needs_node
 @needs_modules
-def test_the_export_is_verified_in_node(bundle: Path, tmp_path: Path) -> None:
-    check = export_bundle("web", bundle, tmp_path / "web").facts.check
+def test_the_export_is_verified_in_node(int4_bundle: Path, tmp_path: Path) -> None:
+    check = export_bundle("web", int4_bundle, tmp_path / "web").facts.check
     assert check.runtime is not None and check.runtime.startswith("onnxruntime-web ")
     assert check.vectors >= 12 and (check.largest_difference or 0) <= 1.0
     assert check.not_verified == ("no browser was started: device_tests/web does that",)

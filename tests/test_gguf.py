@@ -15,12 +15,14 @@ pytest.importorskip("transformers", reason="the conversion layer needs edgeguard
 
 from convert.base import chat_template, plain_tokenizer_json  # noqa: E402
 from convert.batches import Example  # noqa: E402
-from convert.export.gguf import LLAMA_3_PATTERN, GgufError, pre_tokenizer_name, read_gguf, write_gguf  # noqa: E402
+from convert.export.gguf import write_gguf  # noqa: E402
 from convert.export.gguf_run import gguf_logits, gguf_tokens  # noqa: E402
 from convert.fake_quant import bake_int4  # noqa: E402
 from convert.quantize import Int4Weight, quantize_int4  # noqa: E402
 from convert.smoke import write_base  # noqa: E402
 from convert.student import HEAD, Student  # noqa: E402
+from edgeguard.engines.gguf_file import GgufError, read_gguf  # noqa: E402
+from edgeguard.export.gguf_write import LLAMA_3_PATTERN, pre_tokenizer_name  # noqa: E402
 from edgeguard.taxonomy import HAZARDS  # noqa: E402
 
 TEXTS = [

@@ -23,7 +23,7 @@ from transformers import AutoConfig, LlamaForCausalLM  # noqa: E402
 
 from convert.batches import Example, collate  # noqa: E402
 from convert.distill import score  # noqa: E402
-from convert.export.gguf import pre_tokenizer_name, read_gguf, write_gguf  # noqa: E402
+from convert.export.gguf import write_gguf  # noqa: E402
 from convert.export.gguf_run import gguf_logits  # noqa: E402
 from convert.export.onnx_graph import LABELS_KEY, ROPE_FACTORS_KEY, StudentConfig, build_guard_graph  # noqa: E402
 from convert.export.rope import RopeError, rope_factors  # noqa: E402
@@ -33,6 +33,8 @@ from convert.fake_quant import bake_int4  # noqa: E402
 from convert.gptq import load_weights  # noqa: E402
 from convert.quantize import quantize_int4  # noqa: E402
 from convert.student import HEAD, Student  # noqa: E402
+from edgeguard.engines.gguf_file import read_gguf  # noqa: E402
+from edgeguard.export.gguf_write import pre_tokenizer_name  # noqa: E402
 from edgeguard.taxonomy import HAZARDS  # noqa: E402
 
 # The keys of Llama-3.2-1B's config.json, made small: frequencies below, between and above the two limits remain.

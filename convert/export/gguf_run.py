@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.export.gguf import GgufError, read_gguf
 from edgeguard.engines.cpus import choose_threads
+from edgeguard.engines.gguf_file import GgufError, read_gguf
 
 if TYPE_CHECKING:
     from convert.batches import Example

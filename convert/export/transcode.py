@@ -11,25 +11,16 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from convert.export.gguf import pre_tokenizer_name, write_gguf
+from convert.export.gguf import write_gguf
 from convert.export.onnx_graph import build_guard_graph
 from convert.files import write_whole
 from edgeguard.engines.gguf_file import GgufStudent, read_gguf
 from edgeguard.engines.gguf_source import OnnxStudent, TranscodeError, read_onnx
-from edgeguard.engines.int4_weights import Int4Weight, Weights
+from edgeguard.engines.int4_weights import require_same_weights
 from edgeguard.errors import ParityError
+from edgeguard.export.gguf_write import pre_tokenizer_name
 
-__all__ = [
-    "TranscodeError",
-    "bundle_to_gguf",
-    "gguf_to_onnx",
-    "onnx_to_gguf",
-    "read_onnx",
-    "require_same_weights",
-]
+__all__ = ["TranscodeError", "bundle_to_gguf", "gguf_to_onnx", "onnx_to_gguf", "read_onnx"]
 
 
 def onnx_to_gguf(
@@ -104,22 +95,7 @@ def bundle_to_gguf(folder: Path, path: Path) -> None:
     )
 
 
-def require_same_weights(found: Weights, expected: Weights, name: str) -> None:
-    """Compare two sets of weights integer by integer and scale by scale. Raises ParityError that names the first."""
-    if found.keys() != expected.keys():
-        raise ParityError(f"{name}: other weights than it was made from: {sorted(found.keys() ^ expected.keys())[:3]}.")
-    for key, weight in expected.items():
-        pairs = [(a.nibbles, a.scales) if isinstance(a, Int4Weight) else (np.asarray(a),) for a in (found[key], weight)]
-        same = len(pairs[0]) == len(pairs[1]) and all(map(_same_bits, *pairs))
-        if not same:
-            raise ParityError(f"{name}: {key} is not what it was made from. Do not use the file.")
-
-
 def _require_same(found: OnnxStudent | GgufStudent, expected: OnnxStudent | GgufStudent, name: str) -> None:
     if found.config != expected.config:
         raise ParityError(f"{name}: reads back as {found.config}, made from {expected.config}. Do not use the file.")
     require_same_weights(found.weights, expected.weights, name)
-
-
-def _same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()

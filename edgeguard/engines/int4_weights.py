@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeguard.errors import ParityError
+
 __all__ = [
     "GROUP_SIZE",
     "Q4_0_GROUP_BYTES",
@@ -27,6 +29,7 @@ __all__ = [
     "as_float32",
     "check_shape",
     "check_weights",
+    "require_same_weights",
     "shortest",
 ]
 
@@ -207,6 +210,20 @@ def check_weights(weights: Weights, config: StudentConfig) -> None:
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             raise ValueError(f"{name}: expected the shape {shape}, found {weights[name].shape}.")
+
+
+def require_same_weights(found: Weights, expected: Weights, name: str) -> None:
+    """Compare two sets of weights integer by integer and scale by scale. Raises ParityError that names the first."""
+    if found.keys() != expected.keys():
+        raise ParityError(f"{name}: other weights than it was made from: {sorted(found.keys() ^ expected.keys())[:3]}.")
+    for key, weight in expected.items():
+        pairs = [(a.nibbles, a.scales) if isinstance(a, Int4Weight) else (np.asarray(a),) for a in (found[key], weight)]
+        same = len(pairs[0]) == len(pairs[1]) and all(
+            a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+            for a, b in zip(*pairs, strict=True)
+        )
+        if not same:
+            raise ParityError(f"{name}: {key} is not what it was made from. Do not use the file.")
 
 
 def check_shape(shape: tuple[int, ...]) -> None:

@@ -46,7 +46,8 @@ def _transcode(bundle: Bundle, path: Path) -> None:
     from edgeguard.bundle import TOKENIZER_NAME
     from edgeguard.engines.gguf_file import read_gguf
     from edgeguard.engines.gguf_source import read_onnx
-    from edgeguard.export.gguf_write import pre_tokenizer_name, require_same_weights, write_guard
+    from edgeguard.engines.int4_weights import require_same_weights
+    from edgeguard.export.gguf_write import pre_tokenizer_name, write_guard
 
     manifest, source = bundle.manifest, bundle.file_for("onnx")
     student = read_onnx(source)

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from edgeguard.engines.gguf_file import ARCHITECTURE, GgufError, add_config, add_weights, finish
-from edgeguard.engines.int4_weights import Int4Weight, StudentConfig, Weights
-from edgeguard.errors import ParityError
+from edgeguard.engines.int4_weights import StudentConfig, Weights
 
-__all__ = ["add_tokenizer", "pre_tokenizer_name", "require_same_weights", "write_guard"]
+__all__ = ["LLAMA_3_PATTERN", "add_tokenizer", "pre_tokenizer_name", "write_guard"]
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # token types of llama.cpp
 # How a byte-level tokenizer splits text before merging -> llama.cpp's name for it. A pattern is a regular expression,
@@ -91,20 +90,6 @@ def pre_tokenizer_name(tokenizer_json: str) -> str:
             "find its name in llama.cpp's llama-vocab.cpp, and pass it."
         )
     return PRE_TOKENIZERS[found]
-
-
-def require_same_weights(found: Weights, expected: Weights, name: str) -> None:
-    """Compare two sets of weights integer by integer and scale by scale. Raises ParityError that names the first."""
-    if found.keys() != expected.keys():
-        raise ParityError(f"{name}: other weights than it was made from: {sorted(found.keys() ^ expected.keys())[:3]}.")
-    for key, weight in expected.items():
-        pairs = [(a.nibbles, a.scales) if isinstance(a, Int4Weight) else (np.asarray(a),) for a in (found[key], weight)]
-        same = len(pairs[0]) == len(pairs[1]) and all(
-            a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-            for a, b in zip(*pairs, strict=True)
-        )
-        if not same:
-            raise ParityError(f"{name}: {key} is not what it was made from. Do not use the file.")
 
 
 def _split_step(step: Mapping[str, Any]) -> str | None:
