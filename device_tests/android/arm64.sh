@@ -23,31 +23,31 @@ apt=(apt-get -qq -o "Dir::State=$scratch" -o "Dir::State::status=$scratch/status
   -o APT::Install-Recommends=false)
 "${apt[@]}" update
 "${apt[@]}" -y --download-only install "${packages[@]}"
-mkdir "$scratch/root"
-for package in "$scratch"/archives/*.deb; do dpkg-deb -x "$package" "$scratch/root"; done
+mkdir "$scratch/system"
+for package in "$scratch"/archives/*.deb; do dpkg-deb -x "$package" "$scratch/system"; done
 
 "${PYTHON:-python3}" -m pip download --quiet --no-deps --dest "$scratch/wheels" --only-binary=:all: \
   --python-version 3.11 --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
   --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 "${wheels[@]}"
-mkdir "$scratch/root/wheels"
-for wheel in "$scratch"/wheels/*.whl; do "${PYTHON:-python3}" -m zipfile -e "$wheel" "$scratch/root/wheels"; done
+mkdir "$scratch/system/wheels"
+for wheel in "$scratch"/wheels/*.whl; do "${PYTHON:-python3}" -m zipfile -e "$wheel" "$scratch/system/wheels"; done
 
 # A phone's core of 2018 and later: dot products, no i8mm. qemu-user shows the host's /proc/cpuinfo, in which
 # onnxruntime finds no ARM core and crashes; a file below the root takes its place.
-mkdir "$scratch/root/proc"
+mkdir "$scratch/system/proc"
 for processor in 0 1; do
   printf '%s\t: %s\n' processor "$processor" BogoMIPS 100.00 \
     Features 'fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp' \
     'CPU implementer' 0x41 'CPU architecture' 8 'CPU variant' 0x4 'CPU part' 0xd0b 'CPU revision' 1
   echo
-done >"$scratch/root/proc/cpuinfo"
-cat >"$scratch/root/python" <<'PYTHON'
+done >"$scratch/system/proc/cpuinfo"
+cat >"$scratch/system/python" <<'PYTHON'
 #!/usr/bin/env bash
 root="$(cd "$(dirname "$0")" && pwd)"
 exec qemu-aarch64 -cpu cortex-a76 -L "$root" -E PYTHONPATH="$root/wheels" -E PYTHONDONTWRITEBYTECODE=1 \
   "$root/usr/bin/python3.11" "$@"
 PYTHON
-chmod +x "$scratch/root/python"
-for module in numpy tokenizers onnxruntime; do "$scratch/root/python" -c "import $module"; done
+chmod +x "$scratch/system/python"
+for module in numpy tokenizers onnxruntime; do "$scratch/system/python" -c "import $module"; done
 mkdir -p "$(dirname "$folder")"
-mv "$scratch/root" "$folder"
+mv "$scratch/system" "$folder"

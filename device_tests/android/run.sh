@@ -3,11 +3,8 @@
 # arm64.sh under qemu-user (EDGEGUARD_ARM64 names its folder), whose kernels are real and whose timings mean nothing.
 # run.sh EXPORT JOB [model.onnx | model.pte]: what JOB holds is in ../README.md. Without arguments: all of it.
 set -euo pipefail
-root="$(cd "$(dirname "$0")/../.." && pwd)"
-python="${PYTHON:-python3}"
-if [ $# -eq 0 ]; then cd "$root" && exec "$python" -m device_tests run android; fi
-export_folder="$(cd "$1" && pwd)" job="$(cd "$2" && pwd)" model="${3:-model.onnx}"
-device="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["device"] or "")' "$job/plan.json")"
+target=android model="${3:-model.onnx}"
+. "$(dirname "$0")/../job.sh"
 connected() { command -v adb >/dev/null && adb devices | awk '$2 == "device" {found = 1} END {exit !found}'; }
 if [ -z "$device" ] && ! connected; then
   if [ -z "${EDGEGUARD_ARM64:-}" ]; then

@@ -4,11 +4,8 @@
 # run.sh EXPORT JOB: what JOB holds is in ../README.md. Without arguments: all of it, export included.
 # Needs Xcode 16 and XcodeGen (brew install xcodegen); for a phone, TEAM names the development team that signs.
 set -euo pipefail
-root="$(cd "$(dirname "$0")/../.." && pwd)"
-python="${PYTHON:-python3}"
-if [ $# -eq 0 ]; then cd "$root" && exec "$python" -m device_tests run ios; fi
-export_folder="$(cd "$1" && pwd)" job="$(cd "$2" && pwd)"
-device="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["device"] or "")' "$job/plan.json")"
+target=ios
+. "$(dirname "$0")/../job.sh"
 if ! command -v xcodebuild >/dev/null; then
   if [ -n "$device" ]; then echo "xcodebuild is not installed: the device $device needs a Mac with Xcode." >&2; exit 1; fi
   cd "$root"
