@@ -11,14 +11,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.export.gguf import write_gguf
 from convert.export.onnx_graph import build_guard_graph
 from convert.files import write_whole
 from edgeguard.engines.gguf_file import GgufStudent, read_gguf
 from edgeguard.engines.gguf_source import OnnxStudent, TranscodeError, read_onnx
 from edgeguard.engines.int4_weights import require_same_weights
 from edgeguard.errors import ParityError
-from edgeguard.export.gguf_write import pre_tokenizer_name
+from edgeguard.export.gguf_write import pre_tokenizer_name, write_guard
 
 __all__ = ["TranscodeError", "bundle_to_gguf", "gguf_to_onnx", "onnx_to_gguf", "read_onnx"]
 
@@ -36,9 +35,9 @@ def onnx_to_gguf(
 ) -> None:
     """Write the weights of the ONNX file ``source`` as the GGUF ``path``.
 
-    The tokenizer, ``control_ids``, ``about`` and ``bundle``: see :func:`convert.export.gguf.write_gguf`. ``labels``:
-    where the file does not name them. ``pre_tokenizer``: None to recognize it. Raises TranscodeError, GgufError, or
-    ParityError when what was written does not read back as it was.
+    The tokenizer, ``control_ids``, ``about`` and ``bundle``: see :func:`edgeguard.export.gguf_write.write_guard`.
+    ``labels``: where the file does not name them. ``pre_tokenizer``: None to recognize it. Raises TranscodeError,
+    GgufError, or ParityError when what was written does not read back as it was.
     """
     student = read_onnx(source)
     names = student.labels or tuple(labels)
@@ -46,7 +45,7 @@ def onnx_to_gguf(
         raise TranscodeError(f"{source}: does not name the rows of its head. Pass the labels, as in the manifest.")
 
     def write(target: Path) -> None:
-        write_gguf(
+        write_guard(
             student.weights,
             student.config,
             names,

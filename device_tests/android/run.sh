@@ -5,6 +5,7 @@
 set -euo pipefail
 target=android model="${3:-model.onnx}"
 . "$(dirname "$0")/../job.sh"
+device="$(plan device)"
 connected() { command -v adb >/dev/null && adb devices | awk '$2 == "device" {found = 1} END {exit !found}'; }
 if [ -z "$device" ] && ! connected; then
   if [ -z "${EDGEGUARD_ARM64:-}" ]; then

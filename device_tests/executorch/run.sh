@@ -5,6 +5,7 @@
 set -euo pipefail
 target=executorch
 . "$(dirname "$0")/../job.sh"
+device="$(plan device)"
 if [ -n "$device" ] && [ "$device" != local ]; then
   exec "$root/device_tests/android/run.sh" "$export_folder" "$job" model.pte
 fi

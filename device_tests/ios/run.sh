@@ -6,6 +6,7 @@
 set -euo pipefail
 target=ios
 . "$(dirname "$0")/../job.sh"
+device="$(plan device)"
 if ! command -v xcodebuild >/dev/null; then
   if [ -n "$device" ]; then echo "xcodebuild is not installed: the device $device needs a Mac with Xcode." >&2; exit 1; fi
   cd "$root"

@@ -6,6 +6,7 @@
 set -euo pipefail
 target=(qnn --no-timing)
 . "$(dirname "$0")/../job.sh"
+device="$(plan device)"
 cd "$root"
 if [ -n "$device" ] && [ "$device" != local ]; then
   exec "$root/device_tests/qnn/android.sh" "$export_folder" "$job" "$device"
