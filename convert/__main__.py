@@ -129,10 +129,11 @@ def compare(new: Path, old: Path, output: Path | None) -> None:
 @click.argument("gguf", type=click.Path(dir_okay=False, path_type=Path))
 def transcode(bundle: Path, gguf: Path) -> None:
     """Write the weights of BUNDLE's ONNX file as GGUF, integer for integer, for llama.cpp."""
-    from convert.export.transcode import bundle_to_gguf
+    from edgeguard.bundle import Bundle
+    from edgeguard.export.gguf_transcode import bundle_to_gguf
 
     try:
-        bundle_to_gguf(bundle, gguf)
+        bundle_to_gguf(Bundle.open(bundle), gguf)
     except EdgeguardError as error:
         raise click.ClickException(str(error)) from error
     click.echo(gguf)

@@ -85,8 +85,9 @@ def _stages(bundle: Bundle, made: Path) -> list[Stage]:
 
     from convert.export.onnx_graph import build_guard_graph
     from convert.export.standard_onnx import build_standard_graph
-    from convert.export.transcode import bundle_to_gguf, read_onnx
     from convert.scores import gguf_stage, int8_stage, onnx_stage
+    from edgeguard.engines.gguf_source import read_onnx
+    from edgeguard.export.gguf_transcode import bundle_to_gguf
 
     source, pad_id = bundle.file_for("onnx"), bundle.manifest.template.pad_id
     student = read_onnx(source)
@@ -104,6 +105,6 @@ def _stages(bundle: Bundle, made: Path) -> list[Stage]:
     if any(entry.engine == "onnx-int8" for entry in bundle.manifest.files.values()):
         stages.append(int8_stage("onnx-int8", bundle.file_for("onnx-int8"), pad_id))
     if importlib.util.find_spec("llama_cpp"):
-        bundle_to_gguf(bundle.path, made / "model.gguf")
+        bundle_to_gguf(bundle, made / "model.gguf")
         stages.append(gguf_stage("gguf", made / "model.gguf"))
     return stages

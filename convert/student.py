@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from convert.files import read_json, write_json, write_whole
 from convert.quantize import GROUP_SIZE
 from edgeguard.bench.peer_files import transformers_config
+from edgeguard.engines.int4_weights import shortest
 from edgeguard.errors import EdgeguardError
 from edgeguard.taxonomy import HAZARDS
 
@@ -133,7 +134,7 @@ class Student(nn.Module):
                 num_heads=config.num_attention_heads,
                 num_kv_heads=config.num_key_value_heads,
                 head_dim=config.head_dim,
-                rms_norm_eps=config.rms_norm_eps,
+                rms_norm_eps=shortest(config.rms_norm_eps),  # read from a GGUF it is a float32
                 rope_theta=config.rope_theta,
                 max_tokens=max_tokens,
                 head_size=len(self.labels),

@@ -19,6 +19,7 @@ from edgeguard.bench.limits import best_of, measure_limits
 from edgeguard.bench.memory import peak_bytes, resident_bytes
 from edgeguard.bench.records import ModelShape
 from edgeguard.bench.work import bundle_shape, onnx_shape, work_of
+from edgeguard.bundle import Bundle
 from edgeguard.engines.cpus import allowed_cpus
 
 TINY = ModelShape(3, 64, 96, 4, 2, 16, 512, 16)
@@ -170,8 +171,8 @@ def test_the_shape_is_read_from_the_graph(tmp_path: Path, tiny_guard: Guard) -> 
 
 def test_the_shape_is_read_from_a_gguf(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    from convert.export.transcode import bundle_to_gguf
     from edgeguard.bench.work import gguf_shape
+    from edgeguard.export.gguf_transcode import bundle_to_gguf
 
-    bundle_to_gguf(write_tiny_llama(tmp_path / "llama"), tmp_path / "model.gguf")
+    bundle_to_gguf(Bundle.open(write_tiny_llama(tmp_path / "llama")), tmp_path / "model.gguf")
     assert gguf_shape(tmp_path / "model.gguf") == TINY

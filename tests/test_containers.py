@@ -19,18 +19,15 @@ from convert.base import plain_tokenizer_json  # noqa: E402
 from convert.export.gguf import write_gguf  # noqa: E402
 from convert.export.onnx_graph import StudentConfig, build_guard_graph  # noqa: E402
 from convert.export.shape_sizes import synthetic_tokenizer, write_untrained  # noqa: E402
-from convert.export.transcode import (  # noqa: E402
-    TranscodeError,
-    bundle_to_gguf,
-    gguf_to_onnx,
-    onnx_to_gguf,
-    read_onnx,
-)
+from convert.export.transcode import gguf_to_onnx  # noqa: E402
 from convert.quantize import Int4Weight, quantize_int4  # noqa: E402
 from convert.smoke import write_base  # noqa: E402
+from edgeguard.bundle import Bundle  # noqa: E402
 from edgeguard.engines.gguf_file import read_gguf  # noqa: E402
+from edgeguard.engines.gguf_source import TranscodeError, read_onnx  # noqa: E402
 from edgeguard.engines.int4_weights import require_same_weights  # noqa: E402
 from edgeguard.errors import ParityError  # noqa: E402
+from edgeguard.export.gguf_transcode import bundle_to_gguf, onnx_to_gguf  # noqa: E402
 
 LABELS = tuple(f"label{i}" for i in range(BASE.head_size))
 SHAPES = {
@@ -151,7 +148,7 @@ def test_the_shipped_bundle_transcodes_without_loss(tmp_path: Path) -> None:
     if not (SHIPPED / "model.onnx").is_file():
         pytest.skip(f"{SHIPPED} is not in this checkout")
     shipped = read_onnx(SHIPPED / "model.onnx")
-    bundle_to_gguf(SHIPPED, tmp_path / "model.gguf")
+    bundle_to_gguf(Bundle.open(SHIPPED), tmp_path / "model.gguf")
     student = read_gguf(tmp_path / "model.gguf")
     assert student.config == shipped.config
     assert student.labels[:2] == ("safe", "unsafe")

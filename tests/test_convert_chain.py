@@ -313,9 +313,9 @@ def test_the_target_lies_between_the_teacher_and_the_start(recipe: Recipe, tmp_p
 
 def test_the_integers_of_gptq_ship_as_they_are(recipe: Recipe, world: dict[str, Path], tmp_path: Path) -> None:
     """Rounding GPTQ's values again would undo it: file, plan and torch must hold the integers that it chose."""
-    from convert.export.transcode import read_onnx
     from convert.quantize import Int4Weight, quantize_int4, read_int4
     from convert.student import Student
+    from edgeguard.engines.gguf_source import read_onnx
 
     text = world["recipe"].read_text()
     start = text.index("[qat]")

@@ -28,12 +28,14 @@ from convert.export.gguf_run import gguf_logits  # noqa: E402
 from convert.export.onnx_graph import LABELS_KEY, ROPE_FACTORS_KEY, StudentConfig, build_guard_graph  # noqa: E402
 from convert.export.rope import RopeError, rope_factors  # noqa: E402
 from convert.export.shape_sizes import synthetic_tokenizer  # noqa: E402
-from convert.export.transcode import TranscodeError, gguf_to_onnx, onnx_to_gguf, read_onnx  # noqa: E402
+from convert.export.transcode import gguf_to_onnx  # noqa: E402
 from convert.fake_quant import bake_int4  # noqa: E402
 from convert.gptq import load_weights  # noqa: E402
 from convert.quantize import quantize_int4  # noqa: E402
 from convert.student import HEAD, Student  # noqa: E402
 from edgeguard.engines.gguf_file import read_gguf  # noqa: E402
+from edgeguard.engines.gguf_source import TranscodeError, read_onnx  # noqa: E402
+from edgeguard.export.gguf_transcode import onnx_to_gguf  # noqa: E402
 from edgeguard.export.gguf_write import pre_tokenizer_name  # noqa: E402
 from edgeguard.taxonomy import HAZARDS  # noqa: E402
 

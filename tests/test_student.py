@@ -42,6 +42,11 @@ def test_a_base_that_no_container_holds_is_refused(changes: dict[str, Any], mess
         Student(llama_config(300, **changes)).onnx_config(64)
 
 
+def test_a_float32_read_from_a_gguf_is_the_decimal_that_it_was() -> None:
+    student = Student(llama_config(300, rms_norm_eps=9.999999747378752e-06))
+    assert student.onnx_config(64).rms_norm_eps == 1e-05
+
+
 def test_a_body_that_is_no_llama_is_refused() -> None:
     from transformers import Qwen2Config
 

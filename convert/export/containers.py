@@ -72,7 +72,7 @@ def export_containers(
     figures["int8"] = export_int8(path, *checked, tolerance=tolerance, shifts=shifts)
     if "gguf" in also:
         click.echo("gguf ...", err=True)
-        from convert.export.transcode import onnx_to_gguf
+        from edgeguard.export.gguf_transcode import onnx_to_gguf
 
         target = folder / FILES["gguf"]
         onnx_to_gguf(path, target, tokenizer_json, control_ids=control_ids, about=about, labels=labels)

@@ -79,7 +79,7 @@ def export_int8(
     ``reference_logits`` and the samples: see :func:`convert.export.onnx.export_onnx`, which also says what is returned
     and raised; ``shifts``: see :func:`build_int8_graph`. Nothing is kept of a graph that differs from the reference.
     """
-    from convert.export.transcode import read_onnx
+    from edgeguard.engines.gguf_source import read_onnx
 
     student = read_onnx(source)
     model, plan = build_int8_graph(student.weights, student.config, source, _weights_name(source, shifts), shifts)

@@ -1,7 +1,6 @@
 """Files for the peers, made from a bundle's INT4 integers: GGUF without loss, floats by dequantizing.
 
-A GGUF is written by the conversion layer (``convert``), which is part of a checkout and not of the wheel. Files are
-written into a folder of the run and gone with it.
+They are written into a folder of the run and gone with it.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ HEAD_BIAS = "head_bias.json"  # transformers' classification head has no bias; i
 SHARD_BYTES = 2**28
 GENAI_BUILDER = "onnxruntime_genai.models.builder"
 NEEDS = (
-    "{error}. Its files are written by the packages of the conversion layer (a checkout of edgeguard with "
-    "'pip install -e .[convert]') and the library's own tools."
+    "{error}. Its files are written with what \"pip install 'edgeguard-runtime[convert]'\" brings, and with the "
+    "library's own tools."
 )
 
 
@@ -76,9 +75,9 @@ def _gguf_place(bundle: Path, folder: Path) -> Path:
 
 
 def _write_gguf(bundle: Path, folder: Path, _: int) -> None:
-    from convert.export.transcode import bundle_to_gguf
+    from edgeguard.export.gguf_transcode import bundle_to_gguf
 
-    bundle_to_gguf(bundle, folder / "model.gguf")
+    bundle_to_gguf(Bundle.open(bundle), folder / "model.gguf")
 
 
 def _write_transformers(bundle: Path, folder: Path, _: int) -> None:

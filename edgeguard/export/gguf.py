@@ -7,7 +7,6 @@ for an output narrower than the vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +29,9 @@ def _make(bundle: Bundle, folder: Path) -> dict[str, str | None]:
         shutil.copyfile(bundle.file_for("gguf"), folder / MODEL)
     elif "onnx" in held:
         try:
-            _transcode(bundle, folder / MODEL)
+            from edgeguard.export.gguf_transcode import bundle_to_gguf
+
+            bundle_to_gguf(bundle, folder / MODEL)
         except ImportError as error:
             raise ExportError(
                 f"the target 'gguf' needs packages that are not installed ({error}): {INSTALL}."
@@ -40,36 +41,6 @@ def _make(bundle: Bundle, folder: Path) -> dict[str, str | None]:
             f"{bundle.path}: expected a GGUF or an ONNX file to make a GGUF of, found {sorted(bundle.manifest.files)}."
         )
     return {MODEL: "gguf"}
-
-
-def _transcode(bundle: Bundle, path: Path) -> None:
-    from edgeguard.bundle import TOKENIZER_NAME
-    from edgeguard.engines.gguf_file import read_gguf
-    from edgeguard.engines.gguf_source import read_onnx
-    from edgeguard.engines.int4_weights import require_same_weights
-    from edgeguard.export.gguf_write import pre_tokenizer_name, write_guard
-
-    manifest, source = bundle.manifest, bundle.file_for("onnx")
-    student = read_onnx(source)
-    if student.labels not in ((), manifest.head) or student.config.head_size != len(manifest.head):
-        raise ExportError(
-            f"{source}: expected a head with the labels {list(manifest.head)}, found {student.config.head_size} rows "
-            f"{list(student.labels)}. Make the bundle again."
-        )
-    tokenizer_json = (bundle.path / TOKENIZER_NAME).read_text(encoding="utf-8")
-    write_guard(
-        student.weights,
-        # llama.cpp makes room for as many tokens as the file states.
-        dataclasses.replace(student.config, max_tokens=manifest.max_tokens),
-        manifest.head,
-        tokenizer_json,
-        path,
-        control_ids=manifest.template.reserved,
-        pre_tokenizer=pre_tokenizer_name(tokenizer_json),
-        about={"name": manifest.name, "version": manifest.version, "license": manifest.license},
-        bundle=manifest.to_dict(),
-    )
-    require_same_weights(read_gguf(path).weights, student.weights, path.name)
 
 
 def _check(folder: Path) -> Check:
