@@ -55,7 +55,10 @@ class Settings:
 
 
 def label_loss(hazard_weight: float) -> Loss:
-    """Cross entropy of safe against unsafe, plus ``hazard_weight`` times the hazards' loss; weighted by row."""
+    """Cross entropy of safe against unsafe, plus ``hazard_weight`` times the hazards' loss; weighted by row.
+
+    A label by construction counts where no teacher judged the row.
+    """
 
     def loss(student: Student, batch: Batch) -> Tensor:
         return _labelled(student(batch.ids, batch.mask), batch, hazard_weight)
@@ -82,7 +85,7 @@ def teacher_loss(*, temperature: float, label_weight: float, hazard_weight: floa
         entropy = nn.functional.binary_cross_entropy_with_logits(batch.teacher / temperature, wanted, reduction="none")
         unsafe = batch.unsafe.float()
         label = nn.functional.binary_cross_entropy_with_logits(margin, unsafe, reduction="none")
-        counts = torch.where(batch.taught > 0, batch.trusted, torch.ones_like(label))  # does the row's own label?
+        counts = _label_counts(batch)
         share = torch.where(batch.taught > 0, label_weight * counts, counts)
         rows = (
             batch.taught * temperature**2 * (told - entropy)
@@ -96,10 +99,15 @@ def teacher_loss(*, temperature: float, label_weight: float, hazard_weight: floa
     return loss
 
 
+def _label_counts(batch: Batch) -> Tensor:
+    """Per row: 1 where its own label counts, 0 where it yields to the teacher that judged the row."""
+    return torch.where(batch.taught > 0, batch.trusted, torch.ones_like(batch.trusted))
+
+
 def _labelled(logits: Tensor, batch: Batch, hazard_weight: float) -> Tensor:
     """The mean over a batch's rows of :func:`label_loss`."""
     verdict = nn.functional.cross_entropy(logits[:, :2], batch.unsafe.long(), reduction="none")
-    rows = verdict + hazard_weight * _hazard_loss(logits[:, 2:], batch)
+    rows = _label_counts(batch) * verdict + hazard_weight * _hazard_loss(logits[:, 2:], batch)
     return (rows * batch.weight).sum() / batch.weight.sum()
 
 
@@ -224,6 +232,8 @@ class Trainer:
         With ``patience``, the end may come early, and the best weights of an evaluation are put back.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob(".*.part"):
+            part.unlink()  # half a checkpoint, of a run that was killed while it wrote
         if resume and (self.folder / "checkpoint.pt").is_file():
             self._restore()
         started, tokens, losses = time.monotonic(), 0, list[float]()

@@ -162,6 +162,16 @@ def _margins(loss: Loss, batch: Batch, margins: list[float]) -> float:
     return float(loss(Fixed(), batch))
 
 
+def test_a_label_by_construction_yields_to_the_teacher_in_every_loss() -> None:
+    def batch(**fields: object) -> Batch:
+        return collate([dataclasses.replace(_examples(1)[0], hazards_known=False, **fields)], 0)  # type: ignore[arg-type]
+
+    safe = math.log(1 + math.exp(3.0))
+    assert _margins(label_loss(0.0), batch(teacher=3.0, trusted=False), [3.0]) == pytest.approx(0, abs=1e-6)
+    assert _margins(label_loss(0.0), batch(teacher=3.0), [3.0]) == pytest.approx(safe, rel=1e-5)
+    assert _margins(label_loss(0.0), batch(trusted=False), [3.0]) == pytest.approx(safe, rel=1e-5)
+
+
 def test_teacher_loss_weighs_teacher_label_and_false_alarms() -> None:
     def batch(**fields: object) -> Batch:
         return collate([dataclasses.replace(_examples(1)[0], hazards_known=False, **fields)], 0)  # type: ignore[arg-type]
@@ -247,9 +257,11 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
     broken._update = fails  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         broken.run()
+    (tmp_path / "broken" / ".checkpoint.pt.0a1b.part").touch()
     resumed = _trainer(tmp_path / "broken", _student(5))
     resumed.run()
     assert resumed.step == 8
+    assert not list((tmp_path / "broken").glob(".*.part"))
     for name, tensor in whole.student.state_dict().items():
         torch.testing.assert_close(resumed.student.state_dict()[name], tensor, atol=2e-3, rtol=0.05)
 
