@@ -18,9 +18,9 @@ from edgeguard.errors import EdgeguardError
 def main() -> None:
     r"""Make a guard: a small INT4 student from a teacher, base weights and labelled sets.
 
-    Steps, in order: base, corpus, teacher, label, student, train, qat, gptq, export, evaluate, package; `run` does
-    them all. Each keeps its result in build/RECIPE and is skipped when that is there; an interrupted step goes on
-    where it was.
+    Steps, in order: base, corpus, teacher, label, student, train, qat, gptq, tune, export, evaluate, package; `run`
+    does them all. Each keeps its result in build/RECIPE and is skipped when that is there; an interrupted step goes
+    on where it was.
 
     \b
     python -m convert run recipes/mini.toml          makes models/edgeguard-mini
@@ -63,6 +63,7 @@ for _name, _help in {
     "train": "Train the float32 student on the teacher's scores and the labels.",
     "qat": "Quantization-aware steps on the INT4 grid, where the recipe says so.",
     "gptq": "Round the float32 student to the INT4 grid with GPTQ, where the recipe says so.",
+    "tune": "Train the scales of GPTQ's integers, the norms and the head, where the recipe says so.",
     "export": "Write the INT4 containers and compare them with the torch model.",
     "evaluate": "Calibrate, choose operating points, measure every test set.",
     "package": "Write the bundle, its card, report and plots.",

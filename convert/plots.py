@@ -24,7 +24,7 @@ PANELS = {
     "recall": "recall (more is better)",
     "fpr": "false-positive rate (less is better)",
 }
-# Okabe and Ito's colours, which colour-blind readers tell apart; a marker each, for print.
+# Okabe and Ito's colours and Tol's wine, which colour-blind readers tell apart; a marker each, for print.
 STYLES = dict(
     zip(
         STAGES,
@@ -33,6 +33,7 @@ STYLES = dict(
             ("#0072B2", "o"),
             ("#E69F00", "^"),
             ("#CC79A7", "v"),
+            ("#882255", "<"),
             ("#56B4E9", "P"),
             ("#D55E00", "D"),
             ("#F0E442", "h"),

@@ -49,6 +49,7 @@ class Recipe:
     teacher: dict[str, Any]
     distill: dict[str, Any]
     gptq: dict[str, Any]
+    tune: dict[str, Any]
     shape: dict[str, Any]
     path: Path
     sha256: str
@@ -59,7 +60,7 @@ class Recipe:
 
     @property
     def road(self) -> str:
-        """The road to INT4 that ships: ``qat`` or ``gptq``."""
+        """The road to INT4 that ships: ``qat``, ``gptq`` or ``tune``."""
         return str(self.export.get("road", "qat"))
 
 

@@ -225,9 +225,14 @@ def _road_is_there(recipe: Mapping[str, Any]) -> str | None:
     return None if road in recipe else f"the road to INT4 of [export], {road}, needs a table [{road}]."
 
 
+def _integers_to_tune(recipe: Mapping[str, Any]) -> str | None:
+    lacking = "tune" in recipe and "gptq" not in recipe
+    return "[tune] trains the scales of GPTQ's integers, so it needs a table [gptq]." if lacking else None
+
+
 def _something_learns(recipe: Mapping[str, Any]) -> str | None:
     teacher = recipe.get("teacher", {})
-    trained = {name: (recipe["student"], recipe[name]) for name in ("train", "qat") if name in recipe}
+    trained = {name: (recipe["student"], recipe[name]) for name in ("train", "qat", "tune") if name in recipe}
     if teacher.get("kind") == "trained":
         trained["teacher.train"] = (teacher, teacher["train"])
     for name, (model, table) in trained.items():
@@ -250,7 +255,7 @@ RECIPE = Table(
         "export": Table(
             required={"samples": COUNT, "tolerance": WEIGHT},
             optional={
-                "road": choice("qat", "gptq"),
+                "road": choice("qat", "gptq", "tune"),
                 "also": many(choice("onnx", "gguf", "standard")),
                 "max_bytes": COUNT,
             },
@@ -268,7 +273,8 @@ RECIPE = Table(
         "distill": DISTILL,
         "qat": QAT,
         "gptq": Table(required={"every": COUNT}, optional={"rotate": SWITCH}),
+        "tune": QAT,
         "shape": SHAPE,
     },
-    rules=(_teacher_is_used, _start_is_named, _road_is_there, _something_learns),
+    rules=(_teacher_is_used, _start_is_named, _road_is_there, _integers_to_tune, _something_learns),
 )

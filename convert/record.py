@@ -34,6 +34,7 @@ __all__ = [
     "CONTAINERS",
     "GGUF",
     "GPTQ",
+    "TUNED",
     "INT8",
     "POINT",
     "QAT",
@@ -78,6 +79,7 @@ TEACHER = "teacher"
 REFERENCE = "student-fp32"
 ROUNDED = "student-int4-rounded"
 GPTQ = "student-int4-gptq"
+TUNED = "student-int4-tuned"
 QAT = "student-int4-qat"
 SHIPPED = "student-int4-onnx"
 INT8 = "student-int8-onnx"
@@ -89,6 +91,7 @@ STAGES = {
     REFERENCE: StageKind("fp32", TEACHER),
     ROUNDED: StageKind("INT4 rounded", REFERENCE),
     GPTQ: StageKind("INT4 GPTQ", REFERENCE),
+    TUNED: StageKind("INT4 GPTQ, tuned", REFERENCE),
     QAT: StageKind("INT4 QAT", REFERENCE),
     SHIPPED: StageKind("INT4 ONNX", None),
     INT8: StageKind("ONNX, INT8 compute", None),
@@ -97,7 +100,7 @@ STAGES = {
 }
 CONTAINERS = (SHIPPED, INT8, GGUF, STANDARD)
 # The roads to INT4 by their names in recipes, in torch.
-ROADS = {"rounding": ROUNDED, "gptq": GPTQ, "qat": QAT}
+ROADS = {"rounding": ROUNDED, "gptq": GPTQ, "tune": TUNED, "qat": QAT}
 SET_TITLES = {
     "openai_moderation": "OpenAI Moderation",
     "toxicchat_test": "ToxicChat",

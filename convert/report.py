@@ -20,7 +20,11 @@ from edgeguard.taxonomy import HAZARDS
 
 __all__ = ["REFERENCE", "SHIPPED", "comparison_table", "figure", "model_card", "record_markdown"]
 
-ROAD_NAMES = {"qat": "quantization-aware training", "gptq": "rounded with GPTQ, which compensates errors"}
+ROAD_NAMES = {
+    "qat": "quantization-aware training",
+    "gptq": "rounded with GPTQ, which compensates errors",
+    "tune": "rounded with GPTQ, which compensates errors; scales, norms and head trained after it",
+}
 PIVOTS = {"f1": "F1", "fpr": "False-positive rate", "auprc": "AUPRC"}
 
 

@@ -163,6 +163,7 @@ def shrink(recipe: Recipe) -> Recipe:
         "qat": {**recipe.qat, **SHORT, "steps": 20, "learning_rate": 1e-3} if recipe.qat else {},
         "export": {**recipe.export, "samples": 20},
         "gptq": {**recipe.gptq, "every": 8} if recipe.gptq else {},
+        "tune": {**recipe.tune, **SHORT, "steps": 20, "learning_rate": 1e-3} if recipe.tune else {},
         "calibrate": {"sets": ["tiny_calibration"]},
         "evaluate": {
             "sets": ["tiny_test", "tiny_unsafe"],

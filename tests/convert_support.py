@@ -91,6 +91,17 @@ also = ["gguf", "standard"]
 samples = 20
 tolerance = 0.5
 
+[tune]
+tokens_per_step = 512
+steps = 10
+learning_rate = 1e-3
+warmup = 0.1
+hidden_weight = 0.1
+label_weight = 0.0
+evaluate_every = 10
+checkpoint_every = 5
+seed = 3
+
 [calibrate]
 sets = ["tiny_calibration"]
 

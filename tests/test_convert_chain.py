@@ -159,7 +159,7 @@ def test_what_a_step_was_made_from_is_the_recipes_own_table(recipe: Recipe) -> N
     }
     assert {"student": recipe.student, "base": recipe.base}.items() <= kept("student").items()
     assert {"train": recipe.train, "distill": recipe.distill}.items() <= kept("train").items()
-    assert (kept("qat")["qat"], kept("gptq")["gptq"]) == (recipe.qat, recipe.gptq)
+    assert [kept(step)[step] for step in ("qat", "gptq", "tune")] == [recipe.qat, recipe.gptq, recipe.tune]
     assert kept("export")["export"] == recipe.export
     done = json.loads((recipe.build / "scores.done.json").read_text())
     assert done["teacher"] == recipe.teacher
@@ -311,7 +311,10 @@ def test_the_target_lies_between_the_teacher_and_the_start(recipe: Recipe, tmp_p
     assert [row.teacher for row in blend_targets(pupil, taught, pad_id, 0.25, kept)[1::2]] == [1.5] * 3
 
 
-def test_the_integers_of_gptq_ship_as_they_are(recipe: Recipe, world: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("road", ["gptq", "tune"])
+def test_the_integers_of_gptq_ship_as_they_are(
+    road: str, recipe: Recipe, world: dict[str, Path], tmp_path: Path
+) -> None:
     """Rounding GPTQ's values again would undo it: file, plan and torch must hold the integers that it chose."""
     from convert.quantize import Int4Weight, quantize_int4, read_int4
     from convert.student import Student
@@ -320,15 +323,15 @@ def test_the_integers_of_gptq_ship_as_they_are(recipe: Recipe, world: dict[str, 
     text = world["recipe"].read_text()
     start = text.index("[qat]")
     without_qat = text[:start] + text[text.index("\n[", start) + 1 :]
-    (tmp_path / "gptq.toml").write_text(without_qat.replace("[export]\n", '[export]\nroad = "gptq"\n'))
-    for step in ("corpus", "train", "gptq", "student", "teacher"):
+    (tmp_path / "gptq.toml").write_text(without_qat.replace("[export]\n", f'[export]\nroad = "{road}"\n'))
+    for step in ("corpus", "train", "gptq", "tune", "student", "teacher"):
         shutil.copytree(recipe.build / step, tmp_path / "build" / step)
     for name in ("scores.jsonl", "scores.done.json"):
         shutil.copy(recipe.build / name, tmp_path / "build" / name)
     chosen = load_recipe(tmp_path / "gptq.toml", tmp_path / "build", tmp_path / "models")
     exported = read_onnx(steps.export(chosen)).weights
-    integers = read_int4(steps.gptq(chosen) / "int4.npz")
-    values = Student.load(steps.gptq(chosen)).numpy_weights()
+    folder = getattr(steps, road)(chosen)
+    integers, values = read_int4(folder / "int4.npz"), Student.load(folder).numpy_weights()
     moved = 0
     for name, weight in integers.items():
         found = exported[name]
@@ -339,6 +342,10 @@ def test_the_integers_of_gptq_ship_as_they_are(recipe: Recipe, world: dict[str, 
         moved += int((quantize_int4(values[name]).nibbles != weight.nibbles).sum())
     assert moved > 0
     assert not (tmp_path / "build" / "qat").exists()
+    rounded = read_int4(steps.gptq(chosen) / "int4.npz")
+    same = [np.array_equal(weight.scales, rounded[name].scales) for name, weight in integers.items()]
+    assert all(same) if road == "gptq" else not any(same)
+    assert all(np.array_equal(weight.nibbles, rounded[name].nibbles) for name, weight in integers.items())
 
 
 def test_an_export_that_differs_is_refused(recipe: Recipe, tmp_path: Path) -> None:

@@ -150,13 +150,19 @@ def test_every_kind_of_teacher_loads(tmp_path: Path, text: str, table: str) -> N
         (
             "[export]",
             "[export]\nroad = 'rounding'",
-            "[export] road: expected one of qat, gptq, found 'rounding'.",
+            "[export] road: expected one of qat, gptq, tune, found 'rounding'.",
         ),
         (
             "[gptq]\nevery = 8\nrotate = true\n\n[export]",
             "[export]\nroad = 'gptq'",
             "of [export], gptq, needs a table [gptq].",
         ),
+        (
+            "[gptq]\nevery = 8\nrotate = true\n",
+            "",
+            "[tune] trains the scales of GPTQ's integers, so it needs a table [gptq].",
+        ),
+        ("tokens_per_step = 512\nsteps = 10", "steps = 10", "[tune] tokens_per_step is missing"),
         (
             "[gptq]\nevery = 8\nrotate = true",
             "[shape]\nlike = 'right.toml'",

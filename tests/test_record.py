@@ -51,7 +51,7 @@ from edgeguard.taxonomy import HAZARDS  # noqa: E402
 
 BUNDLE = Path(__file__).resolve().parent.parent / "models" / "edgeguard-mini"
 K = 2 + len(HAZARDS)
-ROADS = ("student-int4-rounded", "student-int4-gptq", QAT)
+ROADS = ("student-int4-rounded", "student-int4-gptq", "student-int4-tuned", QAT)
 
 
 def _rows(name: str, count: int, target: str = "prompt", only: str | None = None) -> list[Row]:

@@ -5,7 +5,7 @@
 | ``data.py`` | base, corpus |
 | ``teaching.py`` | teacher, label |
 | ``training.py`` | student, train, qat |
-| ``containers.py`` | gptq, export |
+| ``containers.py`` | gptq, tune, export |
 | ``measuring.py`` | evaluate |
 | ``bundling.py`` | package |
 | ``renewing.py`` | renew, which is no step of ``run`` |
@@ -22,7 +22,7 @@ import click
 
 from convert.recipe import Recipe
 from convert.steps.bundling import package
-from convert.steps.containers import export, gptq
+from convert.steps.containers import export, gptq, tune
 from convert.steps.data import base, calibration_rows, corpus, evaluation_rows, read_mix, text_side, trimmed_base
 from convert.steps.measuring import evaluate, measure, stages
 from convert.steps.renewing import renew
@@ -53,9 +53,13 @@ __all__ = [
     "text_side",
     "train",
     "trimmed_base",
+    "tune",
 ]
 
-ORDER = ("base", "corpus", "teacher", "label", "student", "train", "qat", "gptq", "export", "evaluate", "package")
+ORDER = (
+    *("base", "corpus", "teacher", "label", "student", "train"),
+    *("qat", "gptq", "tune", "export", "evaluate", "package"),
+)
 
 
 def run(recipe: Recipe) -> Path:

@@ -50,7 +50,7 @@ def package(recipe: Recipe) -> Path:
     write_json(staged / "data_manifest.json", data)
     for record in ("RECORD.md", "record.png", "curves.png", "reliability.png"):
         shutil.copy(report_path.with_name(record), staged / record)
-    for run in ("train", *(["qat"] if recipe.road == "qat" else [])):
+    for run in ("train", *([recipe.road] if recipe.road in ("qat", "tune") else [])):
         shutil.copy(recipe.build / run / "loss.png", staged / f"{run}_loss.png")
         shutil.copy(recipe.build / run / "log.jsonl", staged / f"{run}_log.jsonl")
     shutil.copy(report_path, staged / "report.json")

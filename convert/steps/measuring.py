@@ -13,7 +13,7 @@ from convert.corpora.mix import check_no_test_rows, leak_keys
 from convert.corpora.registry import Row
 from convert.files import read_json, write_json, write_whole
 from convert.recipe import Recipe
-from convert.steps.containers import export, gptq
+from convert.steps.containers import export, gptq, tune
 from convert.steps.data import calibration_rows, evaluation_rows, read_mix, text_side, trimmed_base
 from convert.steps.teaching import judge_tests
 from convert.steps.training import qat, train
@@ -118,8 +118,9 @@ def _roads(recipe: Recipe, sets: tuple[str, ...] | None = None) -> dict[str, Sta
     pad_id = text_side(trimmed_base(recipe))[0].pad_id
     found = {"rounding": int4_stage(ROADS["rounding"], train(recipe), pad_id, sets)}
     # GPTQ's values are on the grid already, and not where rounding would put them: they are run as they are.
-    if recipe.gptq:
-        found["gptq"] = torch_stage(ROADS["gptq"], gptq(recipe), pad_id, sets)
+    for name, step in (("gptq", gptq), ("tune", tune)):
+        if getattr(recipe, name):
+            found[name] = torch_stage(ROADS[name], step(recipe), pad_id, sets)
     if recipe.qat:
         found["qat"] = int4_stage(ROADS["qat"], qat(recipe), pad_id, sets)
     return found

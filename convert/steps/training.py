@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from convert.batches import Example
     from convert.student import Student
 
-__all__ = ["SMOOTHING_ROWS", "blend_targets", "qat", "smoothing", "student", "train"]
+__all__ = ["SMOOTHING_ROWS", "blend_targets", "qat", "smoothing", "student", "train", "train_towards"]
 
 SMOOTHING_ROWS = 300  # of the mix, whose activations are measured
 
@@ -131,7 +131,6 @@ def train(recipe: Recipe) -> Path:
 
 def qat(recipe: Recipe) -> Path:
     """Step ``qat``: the student whose weights survive INT4, with the float32 student as its target."""
-    from convert.distill import qat_loss
     from convert.fake_quant import enable_qat
     from convert.student import Student
 
@@ -140,21 +139,24 @@ def qat(recipe: Recipe) -> Path:
     if recipe.qat and not is_made(folder / "final" / "student.safetensors", inputs, folder):
         target, pupil = Student.load(train(recipe)), Student.load(train(recipe))
         enable_qat(pupil.model, shifts=smoothing(recipe, train(recipe)))
-        table = {
-            "head_learning_rate": recipe.qat["learning_rate"],
-            **recipe.qat,
-            "max_tokens": recipe.train["max_tokens"],
-        }
-        loss = qat_loss(
-            target,
-            hidden_weight=recipe.qat["hidden_weight"],
-            label_weight=recipe.qat["label_weight"],
-            hazard_weight=recipe.train["hazard_weight"],
-        )
-        source = trimmed_base(recipe)
-        run_training(recipe, table, pupil, loss, folder, source, _taught_examples(recipe, table["max_tokens"], source))
+        train_towards(target, recipe, recipe.qat, pupil, folder)
         pupil.save(folder / "final")
     return folder / "final"
+
+
+def train_towards(target: Student, recipe: Recipe, table: dict[str, Any], pupil: Student, folder: Path) -> None:
+    """Train ``pupil``, which INT4 holds in part or whole, to answer as the float32 ``target`` does; [qat] or [tune]."""
+    from convert.distill import qat_loss
+
+    source, max_tokens = trimmed_base(recipe), recipe.train["max_tokens"]
+    settings = {"head_learning_rate": table["learning_rate"], **table, "max_tokens": max_tokens}
+    loss = qat_loss(
+        target,
+        hidden_weight=table["hidden_weight"],
+        label_weight=table["label_weight"],
+        hazard_weight=recipe.train["hazard_weight"],
+    )
+    run_training(recipe, settings, pupil, loss, folder, source, _taught_examples(recipe, max_tokens, source))
 
 
 def smoothing(recipe: Recipe, source: Path) -> dict[str, np.ndarray]:
