@@ -96,6 +96,5 @@ def tuned_weights(student: Student) -> tuple[Student, dict[str, Int4Weight]]:
     """
     weights = {f"{name}.weight": part.int4() for name, part in student.named_modules() if isinstance(part, _Scaled)}
     plain = Student(student.model.config, student.labels)
-    held = {name: value for name, value in student.state_dict().items() if name in plain.state_dict()}
-    plain.load_state_dict(held, strict=False)
+    plain.load_state_dict(student.state_dict(), strict=False)  # norms and head
     return load_weights(plain, weights), weights

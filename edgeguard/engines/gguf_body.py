@@ -27,7 +27,7 @@ from edgeguard import schema
 from edgeguard.bundle import sha256_of
 from edgeguard.cache import cached
 from edgeguard.engines.gguf_file import ARCHITECTURE, GgufStudent, add_config, add_weights, finish, read_gguf
-from edgeguard.engines.int4_weights import Int4Weight
+from edgeguard.engines.int4_weights import Int4Weight, require_head
 from edgeguard.errors import EngineError
 
 if TYPE_CHECKING:
@@ -87,11 +87,7 @@ def _read(bundle: Bundle, file: Path, source: str) -> GgufStudent | OnnxStudent:
         from edgeguard.engines.gguf_source import read_onnx
 
         student = read_onnx(file)
-    if student.labels not in ((), manifest.head) or student.config.head_size != len(manifest.head):
-        raise EngineError(
-            f"{file}: expected a head with the labels {list(manifest.head)}, found {student.config.head_size} rows "
-            f"{list(student.labels)}. Make the bundle again."
-        )
+    require_head(student.config, student.labels, manifest.head, file)
     return student
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeguard.errors import ParityError
+from edgeguard.errors import EngineError, ParityError
 
 __all__ = [
     "GROUP_SIZE",
@@ -29,6 +30,7 @@ __all__ = [
     "as_float32",
     "check_shape",
     "check_weights",
+    "require_head",
     "require_same_weights",
     "shortest",
 ]
@@ -210,6 +212,15 @@ def check_weights(weights: Weights, config: StudentConfig) -> None:
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             raise ValueError(f"{name}: expected the shape {shape}, found {weights[name].shape}.")
+
+
+def require_head(config: StudentConfig, labels: Sequence[str], expected: Sequence[str], file: Path) -> None:
+    """Raise EngineError unless the head of ``file`` has the rows ``expected``; ``labels``: () where it names none."""
+    if tuple(labels) not in ((), tuple(expected)) or config.head_size != len(expected):
+        raise EngineError(
+            f"{file}: expected a head with the labels {list(expected)}, found {config.head_size} rows "
+            f"{list(labels)}. Make the bundle again."
+        )
 
 
 def require_same_weights(found: Weights, expected: Weights, name: str) -> None:

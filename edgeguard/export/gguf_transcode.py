@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeguard.engines.gguf_file import GgufStudent, read_gguf
 from edgeguard.engines.gguf_source import OnnxStudent, TranscodeError, read_onnx
-from edgeguard.engines.int4_weights import require_same_weights
+from edgeguard.engines.int4_weights import require_head, require_same_weights
 from edgeguard.errors import ParityError
 from edgeguard.export.gguf_write import pre_tokenizer_name, write_guard
 from edgeguard.files import write_whole
@@ -59,19 +59,15 @@ def onnx_to_gguf(
 
     The tokenizer, ``control_ids``, ``about`` and ``bundle``: see :func:`edgeguard.export.gguf_write.write_guard`.
     ``labels``: of the head's rows, when known. ``max_tokens``: that the file states, for which llama.cpp makes room;
-    None for the graph's. Raises TranscodeError for a file that is no INT4 guard or has another head, GgufError for a
-    tokenizer that llama.cpp cannot split by, ParityError when what was written does not read back as it was,
-    ImportError without gguf.
+    None for the graph's. Raises TranscodeError for a file that is no INT4 guard, EngineError for another head,
+    GgufError for a tokenizer that llama.cpp cannot split by, ParityError when what was written does not read back as
+    it was, ImportError without gguf.
     """
     student = read_onnx(source)
     names = tuple(labels) or student.labels
     if not names:
         raise TranscodeError(f"{source}: does not name the rows of its head. Pass the labels, as in the manifest.")
-    if student.labels not in ((), names) or student.config.head_size != len(names):
-        raise TranscodeError(
-            f"{source}: expected a head with the labels {list(names)}, found {student.config.head_size} rows "
-            f"{list(student.labels)}. Make the bundle again."
-        )
+    require_head(student.config, student.labels, names, source)
     student = student._replace(config=replace(student.config, max_tokens=max_tokens or student.config.max_tokens))
 
     def write(target: Path) -> None:
