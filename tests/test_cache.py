@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,24 +110,34 @@ cached("thing.bin", make)
 
 def test_processes_that_make_the_same_file_at_once(folder: Path) -> None:
     code = """
-import sys, time
-from pathlib import Path
+import os, time
 from edgeguard.cache import cache_folder, cached
+folder = cache_folder()
 def make(path):
-    (cache_folder() / f"ready{sys.argv[1:]}{time.time()}").touch()
-    while len(list(cache_folder().glob("ready*"))) < 2:
+    (folder / f"ready{os.getpid()}").touch()
+    while len(list(folder.glob("ready*"))) < 2:
         time.sleep(0.01)
     for part in range(1000):
         with path.open("ab") as stream:
             stream.write(b"whole")
 print(cached("thing.bin", make).read_bytes() == b"whole" * 1000)
 """
-    processes = [run(code, folder) for _ in range(2)]
-    answers = [process.communicate(timeout=60) for process in processes]
+    with ThreadPoolExecutor() as pool:  # so that what the one died of is seen where the other waits for it
+        processes = [run(code, folder) for _ in range(2)]
+        answers = list(pool.map(_answer, processes))
     assert [out.strip() for out, _ in answers] == ["True", "True"], answers
     make = Maker()
     assert cached("thing.bin", make).read_bytes() == CONTENT and make.calls == 0
     assert not list(folder.glob(".*"))
+
+
+def _answer(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it printed, on stdout and stderr; of one that does not end, until it was stopped."""
+    try:
+        return process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()
 
 
 def test_a_named_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
