@@ -13,6 +13,8 @@ from convert.corpora.registry import DATA_VARIABLE, load_sets, origin_urls
 from convert.recipe import load_recipe
 from edgeguard.errors import EdgeguardError
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
@@ -144,14 +146,18 @@ def transcode(bundle: Path, gguf: Path) -> None:
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--rows", default=1000, show_default=True, type=click.IntRange(1), help="Public rows to judge.")
 @click.option("--set", "sets", multiple=True, help="Draw from this labelled set (may be repeated); else from five.")
+@click.option("--build", type=click.Path(file_okay=False, path_type=Path), help="Working folder [build/parity].")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write the JSON here.")
-def parity(bundle: Path, rows: int, sets: tuple[str, ...], output: Path | None) -> None:
-    """Whether the containers of BUNDLE judge alike: ONNX, INT8 compute, GGUF, standard operators, each asked anew."""
+def parity(bundle: Path, rows: int, sets: tuple[str, ...], build: Path | None, output: Path | None) -> None:
+    """Whether the containers of BUNDLE judge alike: ONNX, INT8 compute, GGUF, standard operators.
+
+    What each answered is kept; an interrupted run goes on with the next container.
+    """
     from convert.files import write_json
     from convert.parity import SETS, bundle_parity, parity_markdown, public_rows
 
     try:
-        record = bundle_parity(bundle, public_rows(sets or SETS, rows))
+        record = bundle_parity(bundle, public_rows(sets or SETS, rows), build or ROOT / "build" / "parity")
     except EdgeguardError as error:
         raise click.ClickException(str(error)) from error
     if output:
@@ -165,7 +171,7 @@ def readme(check: bool) -> None:
     """Fill the tables of README.md from the records of the shipped bundle."""
     from convert.readme import ReadmeError, render
 
-    path = Path(__file__).resolve().parent.parent / "README.md"
+    path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
     try:
         rendered = render(text)

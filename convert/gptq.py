@@ -74,7 +74,7 @@ def gptq(student: Student, batches: Sequence[Batch], damping: float = 0.01) -> d
     (``student.numpy_weights() | gptq(...)``) and never round the values again.
 
     Raises GptqError without batches, for a damping that is not positive, for a student in quantization-aware training,
-    and for activations that are not finite; ValueError for weights that do not fit the grid.
+    and for activations that are not finite; QuantizeError for weights that the grid cannot hold.
     """
     if not batches or not damping > 0:
         raise GptqError(f"GPTQ needs calibration batches and a positive damping, got {len(batches)} and {damping}.")

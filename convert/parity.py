@@ -11,8 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from convert.corpora.registry import Row
 from edgeguard.bundle import Bundle, sha256_of
 from edgeguard.manifest import MANIFEST_NAME
@@ -35,24 +33,24 @@ def public_rows(names: Sequence[str], count: int) -> list[Row]:
     return parity_rows({name: labelled_rows(name) for name in names}, count)
 
 
-def bundle_parity(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
+def bundle_parity(folder: Path, rows: Sequence[Row], kept: Path) -> dict[str, Any]:
     """By container: largest and mean difference of the margin to :data:`REFERENCE`, and the share of same decisions.
 
     The reference is the bundle's INT4 integers, dequantized, in float32 products. Decisions are those at ``balanced``
-    under the bundle's calibration. ``gguf`` is left out where llama-cpp-python is not installed. Raises BundleError,
+    under the bundle's calibration. ``gguf`` is left out where llama-cpp-python is not installed. What a container
+    answered stands in the folder ``kept``, and is read back when neither it nor the rows changed. Raises BundleError,
     TranscodeError.
     """
-    from convert.batches import encode_rows
     from convert.evaluate import Fitted, verdict_parity
+    from convert.scores import score_rows
 
     bundle = Bundle.open(folder)
-    manifest = bundle.manifest
-    examples = encode_rows(rows, manifest.template, bundle.load_tokenizer(), manifest.max_tokens)
-    logits = {}
+    manifest, tokenizer, logits = bundle.manifest, bundle.load_tokenizer(), {}
     with TemporaryDirectory() as made:
         for stage in _stages(bundle, Path(made)):
-            click.echo(f"parity: {stage.name}, {len(rows)} rows", err=True)
-            logits[stage.name] = stage.logits(examples)
+            logits[stage.name] = score_rows(
+                stage, "parity", rows, manifest.template, tokenizer, manifest.max_tokens, kept
+            )
     reference, fitted = logits.pop(REFERENCE), Fitted.of_manifest(manifest)
     compared = {name: verdict_parity(rows, reference, found, fitted, POINT) for name, found in logits.items()}
     figures = ("max_abs_diff", "mean_abs_diff", "agreement")

@@ -23,26 +23,41 @@ from numpy.typing import NDArray
 
 from convert.files import write_arrays
 from edgeguard.engines.int4_weights import GROUP_SIZE, Q4_0_GROUP_BYTES, Int4Weight, check_shape
+from edgeguard.errors import EdgeguardError
 
-__all__ = ["GROUP_SIZE", "Q4_0_GROUP_BYTES", "Int4Weight", "as_int4", "quantize_int4", "read_int4", "write_int4"]
+__all__ = [
+    "GROUP_SIZE",
+    "Q4_0_GROUP_BYTES",
+    "Int4Weight",
+    "QuantizeError",
+    "as_int4",
+    "quantize_int4",
+    "read_int4",
+    "write_int4",
+]
+
+
+class QuantizeError(EdgeguardError):
+    """Values that the INT4 grid cannot hold."""
 
 
 def quantize_int4(weight: NDArray[Any]) -> Int4Weight:
     """Round a weight [N, K] (float32; others are converted) to the INT4 grid, group by group along K.
 
-    Raises ValueError when K is not a multiple of 32, a value is not finite, or a scale does not fit in fp16.
+    Raises ValueError when K is not a multiple of 32; QuantizeError for a value that is not finite, and for one whose
+    scale does not fit in fp16.
     """
     check_shape(weight.shape)
     groups = np.ascontiguousarray(weight, dtype=np.float32).reshape(weight.shape[0], -1, GROUP_SIZE)
     if not np.isfinite(groups).all():
-        raise ValueError("the weight has values that are not finite: training diverged, or the file is damaged.")
+        raise QuantizeError("the weight has values that are not finite: training diverged, or the file is damaged.")
     # argmax takes the first of equal magnitudes: with +a and -a in one group, the first one decides the sign.
     largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)
     step = largest / np.float32(-8)
     with np.errstate(over="ignore"):
         scales = step[..., 0].astype(np.float16)
     if not np.isfinite(scales).all():
-        raise ValueError(f"a value of {np.abs(largest).max():.3g} needs a scale beyond fp16 (at most {65504 * 8}).")
+        raise QuantizeError(f"a value of {np.abs(largest).max():.3g} needs a scale beyond fp16 (at most {65504 * 8}).")
     nibbles = np.trunc(groups * _inverse(step) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
     return Int4Weight(nibbles=nibbles.reshape(weight.shape), scales=scales)
 

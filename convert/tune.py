@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from convert.gptq import load_weights
-from convert.quantize import GROUP_SIZE, Int4Weight
+from convert.quantize import GROUP_SIZE, Int4Weight, QuantizeError
 from convert.student import Student
 
 __all__ = ["free_scales", "tuned_weights"]
@@ -38,10 +38,12 @@ class _Scaled(nn.Module):
         self.change = nn.Parameter(torch.zeros_like(self.scales))
 
     def int4(self) -> Int4Weight:
-        """The weight with its trained scales. Raises ValueError for a scale that fp16 cannot hold."""
+        """The weight with its trained scales. Raises QuantizeError for a scale that fp16 cannot hold."""
         scales = (self.scales * (1 + self.change)).detach().cpu().numpy().astype(np.float16)
         if not np.isfinite(scales).all():
-            raise ValueError("a trained scale is not finite in fp16: training diverged. Lower learning_rate of [tune].")
+            raise QuantizeError(
+                "a trained scale is not finite in fp16: training diverged. Lower learning_rate of [tune]."
+            )
         nibbles = (self.steps.reshape(len(scales), -1) + 8).to(torch.uint8).cpu().numpy()
         return Int4Weight(nibbles, scales)
 
@@ -92,7 +94,7 @@ def free_scales(student: Student, weights: Mapping[str, Int4Weight]) -> Student:
 def tuned_weights(student: Student) -> tuple[Student, dict[str, Int4Weight]]:
     """A plain student of what :func:`free_scales` made trainable, and its INT4 weights.
 
-    Raises ValueError for a scale that fp16 cannot hold.
+    Raises QuantizeError for a scale that fp16 cannot hold.
     """
     weights = {f"{name}.weight": part.int4() for name, part in student.named_modules() if isinstance(part, _Scaled)}
     plain = Student(student.model.config, student.labels)

@@ -30,7 +30,8 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_container_is_asked(bundle: Path, tmp_path: Path) -> None:
-    arguments = ["parity", str(bundle), "--rows", "40", "--set", "tiny_test", "-o", str(tmp_path / "record.json")]
+    arguments = ["parity", str(bundle), "--rows", "40", "--set", "tiny_test", "--build", str(tmp_path / "kept")]
+    arguments += ["-o", str(tmp_path / "record.json")]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "record.json").read_text())
@@ -42,16 +43,20 @@ def test_every_container_is_asked(bundle: Path, tmp_path: Path) -> None:
     for name in found:  # each rounds activations in a way of its own, also what onnxruntime makes of standard operators
         assert 0 < found[name]["mean_abs_diff"] < found[name]["max_abs_diff"] < 3
         assert f"| {name} | {found[name]['max_abs_diff']:.3f} |" in result.stdout
+        assert f"{name} parity: 40 rows" in result.stderr
+    (tmp_path / "kept" / "standard" / "parity.npz").unlink()  # as if it had been stopped before that one
+    again = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert again.stdout == result.stdout and again.stderr.count("rows, ") == again.stderr.count("standard parity") == 1
 
 
-def test_decisions_are_those_of_the_bundles_calibration(bundle: Path) -> None:
+def test_decisions_are_those_of_the_bundles_calibration(bundle: Path, tmp_path: Path) -> None:
     def lean(manifest: dict[str, Any]) -> None:
         manifest["calibration"]["prompt"]["bias"] = manifest["calibration"]["response"]["bias"] = 50.0
 
     rows = public_rows(["tiny_test"], 30)
-    before = bundle_parity(bundle, rows)["containers"]["onnx-int8"]
+    before = bundle_parity(bundle, rows, tmp_path / "kept")["containers"]["onnx-int8"]
     edit_manifest(bundle, lean)
-    after = bundle_parity(bundle, rows)["containers"]["onnx-int8"]
+    after = bundle_parity(bundle, rows, tmp_path / "kept")["containers"]["onnx-int8"]
     assert after["agreement"] == 1.0, "everything is flagged by both"
     assert after["max_abs_diff"] == before["max_abs_diff"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from convert.quantize import GROUP_SIZE, Int4Weight, quantize_int4
+from convert.quantize import GROUP_SIZE, Int4Weight, QuantizeError, quantize_int4
 from convert.smoke import llama_config
 
 
@@ -74,16 +74,16 @@ def test_quantizing_again_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "message"),
+    ("weight", "error", "message"),
     [
-        (np.zeros((4, 33), dtype=np.float32), "multiple of 32"),
-        (np.zeros(32, dtype=np.float32), "multiple of 32"),
-        (np.full((1, 32), np.nan, dtype=np.float32), "not finite"),
-        (np.full((1, 32), 1e6, dtype=np.float32), "beyond fp16"),
+        (np.zeros((4, 33), dtype=np.float32), ValueError, "multiple of 32"),
+        (np.zeros(32, dtype=np.float32), ValueError, "multiple of 32"),
+        (np.full((1, 32), np.nan, dtype=np.float32), QuantizeError, "not finite"),
+        (np.full((1, 32), 1e6, dtype=np.float32), QuantizeError, "beyond fp16"),
     ],
 )
-def test_weights_off_the_grid_are_refused(weight: NDArray[np.float32], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_weights_off_the_grid_are_refused(weight: NDArray[np.float32], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         quantize_int4(weight)
 
 

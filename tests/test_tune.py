@@ -16,7 +16,7 @@ from torch import Tensor  # noqa: E402
 from convert.batches import Batch, Example, collate  # noqa: E402
 from convert.distill import qat_loss  # noqa: E402
 from convert.gptq import load_weights  # noqa: E402
-from convert.quantize import Int4Weight, quantize_int4  # noqa: E402
+from convert.quantize import Int4Weight, QuantizeError, quantize_int4  # noqa: E402
 from convert.smoke import llama_config  # noqa: E402
 from convert.student import Student  # noqa: E402
 from convert.tune import free_scales, tuned_weights  # noqa: E402
@@ -103,5 +103,5 @@ def test_a_scale_that_diverged_is_refused(target: Student) -> None:
     free = free_scales(*rounded(target))
     with torch.no_grad():
         free.get_parameter("model.layers.0.mlp.up_proj.change")[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="training diverged"):
+    with pytest.raises(QuantizeError, match="training diverged"):
         tuned_weights(free)
