@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convert.batches import Batch, Example, batches, collate, training_batches
+from convert.batches import Batch, Example, batches, training_batches
 from convert.files import write_whole
 from convert.student import Student, autocast, best_device
 from edgeguard.errors import EdgeguardError
@@ -33,7 +33,11 @@ class CheckpointError(EdgeguardError):
     """A checkpoint that does not fit what is trained."""
 
 
+CPU_TOKENS = 512  # of a batch to score: a CPU is slower with more, which its caches do not hold (docs/log.md)
+DEVICE_TOKENS = 8192
+
 Loss = Callable[[Student, Batch], Tensor]
+"""Per row, [B]; the loss of a step is the mean over its rows. ``Batch.weight`` is 1 in the mean over a step."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,15 @@ class Settings:
     passes: float = 1.0
     steps: int | None = None
     freeze_layers: int = 0
+    tokens_per_pass: int | None = None
+    """Tokens that go through the student at once, None: those of a step. A step's gradients are the sum over its
+    passes, so this decides how much memory training takes, not what it learns."""
     patience: int | None = None
     """Evaluations in a row without a better mean validation AUPRC before training stops; None: never."""
 
 
 def label_loss(hazard_weight: float) -> Loss:
-    """Cross entropy of safe against unsafe, plus ``hazard_weight`` times the hazards' loss; weighted by row.
+    """Cross entropy of safe against unsafe, plus ``hazard_weight`` times the hazards' loss; times the row's weight.
 
     A label by construction counts where no teacher judged the row.
     """
@@ -93,8 +100,8 @@ def teacher_loss(*, temperature: float, label_weight: float, hazard_weight: floa
             + hazard_weight * (_hazard_loss(logits[:, 2:], batch) + _taught_hazard_loss(logits[:, 2:], batch))
             + benign_weight * counts * (1 - unsafe) * margin.sigmoid()
         )
-        mean: Tensor = (rows * batch.weight).sum() / batch.weight.sum()
-        return mean
+        weighted: Tensor = rows * batch.weight
+        return weighted
 
     return loss
 
@@ -105,10 +112,9 @@ def _label_counts(batch: Batch) -> Tensor:
 
 
 def _labelled(logits: Tensor, batch: Batch, hazard_weight: float) -> Tensor:
-    """The mean over a batch's rows of :func:`label_loss`."""
+    """Per row: :func:`label_loss`."""
     verdict = nn.functional.cross_entropy(logits[:, :2], batch.unsafe.long(), reduction="none")
-    rows = _label_counts(batch) * verdict + hazard_weight * _hazard_loss(logits[:, 2:], batch)
-    return (rows * batch.weight).sum() / batch.weight.sum()
+    return (_label_counts(batch) * verdict + hazard_weight * _hazard_loss(logits[:, 2:], batch)) * batch.weight
 
 
 def _hazard_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -144,24 +150,28 @@ def qat_loss(target: Student, *, hidden_weight: float, label_weight: float, haza
         hidden = student.hidden(batch.ids, batch.mask).float()
         logits = student.read_head(hidden)
         verdict = nn.functional.kl_div(
-            logits[:, :2].log_softmax(1), wanted[:, :2].log_softmax(1), reduction="batchmean", log_target=True
+            logits[:, :2].log_softmax(1), wanted[:, :2].log_softmax(1), reduction="none", log_target=True
+        ).sum(1)
+        margin = nn.functional.smooth_l1_loss(
+            logits[:, 1] - logits[:, 0], wanted[:, 1] - wanted[:, 0], reduction="none"
         )
-        margin = nn.functional.smooth_l1_loss(logits[:, 1] - logits[:, 0], wanted[:, 1] - wanted[:, 0])
-        hazards = nn.functional.binary_cross_entropy_with_logits(logits[:, 2:], wanted[:, 2:].sigmoid())
-        scale = wanted_hidden.pow(2).mean().clamp(min=1e-6)
-        matched = verdict + 0.1 * margin + hazards + hidden_weight * (hidden - wanted_hidden).pow(2).mean() / scale
+        hazards = nn.functional.binary_cross_entropy_with_logits(
+            logits[:, 2:], wanted[:, 2:].sigmoid(), reduction="none"
+        ).mean(1)
+        scale = wanted_hidden.pow(2).mean(1).clamp(min=1e-6)
+        moved = (hidden - wanted_hidden).pow(2).mean(1) / scale
+        matched: Tensor = verdict + 0.1 * margin + hazards + hidden_weight * moved
         return matched + label_weight * _labelled(logits, batch, hazard_weight)
 
     return loss
 
 
-def score(
-    student: nn.Module, examples: Sequence[Example], pad_id: int, *, bf16: bool, tokens: int = 4096
-) -> np.ndarray:
+def score(student: nn.Module, examples: Sequence[Example], pad_id: int, *, bf16: bool) -> np.ndarray:
     """Logits float32 [n, K] of all examples, in their order, in one pass by length. ``bf16``: where it is fast."""
     student.eval()
     out: np.ndarray | None = None
     device = next(student.parameters()).device
+    tokens = CPU_TOKENS if device.type == "cpu" else DEVICE_TOKENS
     with torch.inference_mode(), autocast(device, bf16=bf16):
         for indices, batch in batches(examples, tokens, pad_id):
             logits = student(batch.ids.to(device), batch.mask.to(device)).float().cpu().numpy()
@@ -240,9 +250,9 @@ class Trainer:
         for indices in self._batches():
             if self.step >= self.steps:
                 break
-            batch = collate([self.train[i] for i in indices], self.pad_id)
-            losses.append(self._update(batch))
-            tokens += int(batch.mask.sum())
+            rows = [self.train[i] for i in indices]
+            losses.append(self._update(rows))
+            tokens += sum(len(row.ids) for row in rows)
             self.step += 1
             if self.step % 10 == 0 or self.step == self.steps:
                 rate = tokens / (time.monotonic() - started)
@@ -274,18 +284,23 @@ class Trainer:
             self.best["worse"] += 1
         return bool(self.best["worse"] >= self.settings.patience)
 
-    def _update(self, batch: Batch) -> float:
+    def _update(self, rows: Sequence[Example]) -> float:
+        """One step on ``rows``, pass after pass; returns its loss."""
         self.student.train()
-        rate = self._rate()
+        rate, total = self._rate(), 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        with autocast(self.device):
-            loss = self.loss(self.student, batch.to(self.device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        mean_weight = float(np.mean([row.weight for row in rows]))
+        for _, batch in batches(rows, self.settings.tokens_per_pass or self.settings.tokens_per_step, self.pad_id):
+            weighted = replace(batch, weight=batch.weight / mean_weight).to(self.device)
+            with autocast(self.device):
+                loss = self.loss(self.student, weighted).sum() / len(rows)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return total
 
     def evaluate(self) -> dict[str, float]:
         """AUPRC on the validation split, by target."""

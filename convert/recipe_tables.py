@@ -113,12 +113,18 @@ STEPS: dict[str, Value] = {
     "checkpoint_every": COUNT,
     "seed": whole(),
 }
-LENGTH: dict[str, Value] = {"passes": ABOVE_ZERO, "steps": COUNT, "freeze_layers": whole(), "patience": COUNT}
+COURSE: dict[str, Value] = {
+    "passes": ABOVE_ZERO,
+    "steps": COUNT,
+    "tokens_per_pass": COUNT,
+    "freeze_layers": whole(),
+    "patience": COUNT,
+}
 TRAINING = {**STEPS, "head_learning_rate": RATE, "max_tokens": TOKENS, "hazard_weight": WEIGHT}
-TRAIN = Table(required=TRAINING, optional={**LENGTH, "lora": LORA}, rules=(_one_length,))
+TRAIN = Table(required=TRAINING, optional={**COURSE, "lora": LORA}, rules=(_one_length,))
 QAT = Table(
     required={**STEPS, "hidden_weight": WEIGHT, "label_weight": WEIGHT},
-    optional={**LENGTH, "head_learning_rate": RATE},
+    optional={**COURSE, "head_learning_rate": RATE},
     rules=(_one_length,),
 )
 
@@ -137,7 +143,7 @@ TEACHER = OneOf(
         "trained": Table(
             required={
                 "base": BASE,
-                "train": Table(required={**TRAINING, "lora": LORA}, optional=LENGTH, rules=(_one_length,)),
+                "train": Table(required={**TRAINING, "lora": LORA}, optional=COURSE, rules=(_one_length,)),
                 "layers": COUNT,
                 "max_tokens": TOKENS,
             }

@@ -42,7 +42,7 @@ __all__ = [
     "torch_stage",
 ]
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 512  # of a batch for onnxruntime: see convert.distill.CPU_TOKENS
 
 
 class ScoresError(EdgeguardError):
@@ -99,9 +99,10 @@ def torch_stage(name: str, folder: Path, pad_id: int, sets: tuple[str, ...] | No
 
     def logits(examples: Sequence[Example]) -> np.ndarray:
         from convert.distill import score
-        from convert.student import Student
+        from convert.student import Student, best_device
 
-        return score(Student.load(folder), examples, pad_id, bf16=False, tokens=BATCH_TOKENS)
+        student = Student.load(folder).to(best_device())
+        return score(student, examples, pad_id, bf16=False)
 
     return Stage(name, sha256_of(folder / "student.safetensors"), logits, sets)
 
@@ -116,11 +117,11 @@ def int4_stage(name: str, folder: Path, pad_id: int, sets: tuple[str, ...] | Non
     def logits(examples: Sequence[Example]) -> np.ndarray:
         from convert.distill import score
         from convert.fake_quant import bake_int4
-        from convert.student import Student
+        from convert.student import Student, best_device
 
         student = Student.load(folder)
-        bake_int4(student.model)
-        return score(student, examples, pad_id, bf16=False, tokens=BATCH_TOKENS)
+        bake_int4(student.to(best_device()).model)
+        return score(student, examples, pad_id, bf16=False)
 
     return Stage(name, sha256_of(folder / "student.safetensors"), logits, sets)
 
