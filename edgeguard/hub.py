@@ -20,11 +20,14 @@ HUB_PATTERN = re.compile(r"hf://(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revisio
 def resolve_bundle(spec: str | Path) -> Path:
     """The local folder that ``spec`` means; downloads it first when it is on the Hub.
 
-    Raises BundleError for a malformed ``hf://`` name and for what cannot be downloaded. A local path is returned as it
-    is: :meth:`edgeguard.bundle.Bundle.open` says whether it is a bundle.
+    Raises BundleError for a malformed ``hf://`` name, for what cannot be downloaded, and for a ``~`` that means no
+    folder. A local path is returned as it is: :meth:`edgeguard.bundle.Bundle.open` says whether it is a bundle.
     """
     if not isinstance(spec, str) or not spec.startswith(HUB_PREFIX):
-        return Path(spec).expanduser()
+        try:
+            return Path(spec).expanduser()
+        except RuntimeError as error:
+            raise BundleError(f"{spec}: {error} Name the folder in full.") from error
     match = HUB_PATTERN.fullmatch(spec)
     if match is None:
         raise BundleError(f"{spec}: expected hf://owner/name or hf://owner/name@revision.")
@@ -33,11 +36,11 @@ def resolve_bundle(spec: str | Path) -> Path:
 
 def _download(spec: str, repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(repo, revision=revision))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:  # OSError: no network, not in the cache, disk full
+    # Any: no network, not in the cache, a full disk; and the library has changed its HTTP client, with its errors.
+    except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BundleError(
             f"{spec}: expected a bundle on the Hugging Face Hub, found {type(error).__name__}: {reason[0]} "

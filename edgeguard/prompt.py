@@ -208,9 +208,9 @@ def _fit(bodies: list[list[int]], overheads: list[int], room: int) -> tuple[list
         return bodies, False
     *context, judged = bodies
     wanted = sum(map(len, context)) + sum(overheads[:-1])
-    judged_room = room - overheads[-1] - min(wanted, int(room * (1 - JUDGED_SHARE)))
-    kept = [_head_and_tail(judged, judged_room)]
-    left = room - overheads[-1] - len(kept[0])
+    own = room - overheads[-1]
+    kept = [_head_and_tail(judged, own - min(wanted, int(room * (1 - JUDGED_SHARE)), own // 2))]
+    left = own - len(kept[0])
     for body, overhead in zip(reversed(context), reversed(overheads[:-1]), strict=True):
         if left - overhead < min(len(body), 8):  # a turn of a few tokens says nothing: drop it and those before
             break

@@ -100,6 +100,7 @@ def write_zone(root: Path, zone: str, name: str, microjoules: int) -> Path:
 def test_rapl_counts_packages_and_survives_a_wrap(tmp_path: Path) -> None:
     zones = [write_zone(tmp_path, f"intel-rapl:{i}", f"package-{i}", 900_000) for i in range(2)]
     write_zone(tmp_path, "intel-rapl:0:0", "core", 5)
+    write_zone(tmp_path, "intel-rapl-mmio:0", "package-0", 900_000)  # the same package
     meter, told = find_meter(tmp_path)
     assert isinstance(meter, Rapl) and told.source == "RAPL package-0, package-1"
     assert meter.joules() == 0

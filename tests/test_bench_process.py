@@ -86,9 +86,13 @@ def test_a_worker_that_crashes_is_quoted(worker: Worker) -> None:
 def test_a_worker_that_does_not_answer_is_ended(tiny_bundle: Path, tiny_guard: Guard) -> None:
     with Worker("onnx", threads=1, answer_within_s=15) as worker:
         worker.ask("load an engine", name="onnx", bundle=str(tiny_bundle), threads=1)
+        worker._answer_within_s = 5  # what is asked to take longer has that much more
+        told = worker.ask("judge without pause", batches=[[sample(tiny_guard, "Hi there")]], seconds=6)
+        assert told["ends_s"][-1] >= 5.5
+        os.kill(worker.pid, signal.SIGSTOP)
         worker._answer_within_s = 0.5
-        with pytest.raises(BenchError, match="judge without pause"):
-            worker.ask("judge without pause", batches=[[sample(tiny_guard, "Hi there")]], seconds=60)
+        with pytest.raises(BenchError, match=r"gave no answer within 1.5 s to 'judge without pause'"):
+            worker.ask("judge without pause", batches=[[sample(tiny_guard, "Hi there")]], seconds=1)
 
 
 def test_threads_are_told_by_the_environment(tmp_path: Path) -> None:

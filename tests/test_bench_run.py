@@ -178,7 +178,9 @@ def test_seconds_are_counted_whole() -> None:
         (["--shape", "tiny", "--bundle", "x"], 2, "give --bundle or --shape"),
         (["--tokens", "8,x"], 2, "expected numbers of tokens"),
         (["--tokens", "0"], 2, "expected numbers of tokens"),
-        (["--json", "no/such/folder/r.json"], 2, "its folder does not exist"),
+        (["--json", "no/such/folder/r.json"], 2, "cannot be written: No such file or directory"),
+        (["--json", "."], 2, "is a folder. Name a file"),
+        (["--markdown", "-"], 2, "only --json writes to stdout"),
         (["--bundle", "no/such/bundle"], 1, "no/such/bundle"),
     ],
 )

@@ -123,14 +123,45 @@ def test_the_response_is_judged_not_the_prompt(tiny_bundle: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("source", ["stdin", "file"])
-def test_bytes_that_are_not_utf8_are_replaced_and_judged(source: str, tmp_path: Path, allowing: Path) -> None:
-    data = b"caf\xe9 au lait"
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"caf\xe9 au lait", "not utf-8 (first at byte 4)"),
+        (TEXT.encode("utf-16-le"), "holds NUL characters"),
+        (TEXT.encode("utf-16") + b"x", "not utf-16"),
+    ],
+)
+def test_text_that_cannot_be_read_is_not_judged(
+    data: bytes, says: str, source: str, tmp_path: Path, allowing: Path
+) -> None:
     (tmp_path / "text").write_bytes(data)
     where = ["--file", str(tmp_path / "text")] if source == "file" else ["-"]
     result = run("classify", *where, "--bundle", allowing, *THREADS, stdin=data)
-    assert result.exit_code == 0
-    assert "not UTF-8 (first at byte 4)" in result.stderr
-    assert "warning" not in result.stdout
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert says in result.stderr and "Nothing was judged" in result.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_says_how_to_read(encoding: str, allowing: Path, tiny_guard: Guard) -> None:
+    for name, text in (("-", TEXT), ("--messages=-", json.dumps([{"role": "user", "content": TEXT}]))):
+        data = text.encode(encoding)
+        result = run("classify", name, "--json", "--bundle", allowing, *THREADS, stdin=data)
+        assert json.loads(result.stdout)["margin"] == tiny_guard.classify(TEXT).to_dict()["margin"]
+
+
+@pytest.mark.parametrize("command", ["classify", "scan", "eval"])
+def test_a_closed_stdin_is_said(command: str, allowing: Path) -> None:
+    closed = {"stdin": None, "preexec_fn": lambda: os.close(0)}
+    code, out, err = finish(start(command, "-", "--bundle", allowing, *THREADS, **closed))
+    assert (code, out, err) == (1, "", "Error: stdin is closed. Name a file instead of -.\n")
+
+
+def test_a_path_that_stdout_cannot_encode_is_escaped(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "\u738b"
+    folder.symlink_to(tiny_bundle)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
+    code, out, _ = finish(start("info", "--bundle", folder, *THREADS, env=environment))
+    assert code == 0 and "\\u738b" in out
 
 
 def test_an_engine_that_fails_is_an_error_not_an_allow(allowing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,9 +198,9 @@ def test_a_real_pipe_and_exit_code(blocking: Path) -> None:
 
 
 def test_an_argument_that_is_not_utf8(allowing: Path) -> None:
-    code, _, err = finish(start("classify", os.fsdecode(b"caf\xe9"), "--bundle", allowing, *THREADS))
-    assert code == 0
-    assert "TEXT: not UTF-8" in err
+    code, out, err = finish(start("classify", os.fsdecode(b"caf\xe9"), "--bundle", allowing, *THREADS))
+    assert (code, out) == (1, "")
+    assert "TEXT: not UTF-8. Nothing was judged" in err
 
 
 def test_no_input_on_a_terminal_is_wrong_usage(allowing: Path) -> None:

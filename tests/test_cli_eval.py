@@ -101,6 +101,7 @@ def test_the_target_field_says_what_the_label_judges(tmp_path: Path, tiny_bundle
     ("line", "reason"),
     [
         ('{"prompt": "hi", "target": "response", "label": "safe"}', "the row has none"),
+        ('{"prompt": "hi", "target": "Prompt", "label": "safe"}', "expected prompt or response, found 'Prompt'"),
         ('{"prompt": "", "label": "safe"}', "nothing to judge"),
         ('{"prompt": "hi", "label": "safe"', "invalid JSON"),
     ],

@@ -25,7 +25,7 @@ from edgeguard import Guard
 from edgeguard.cli import progress as progress_module
 from edgeguard.cli import rows as rows_module
 from edgeguard.cli.journal import Journal
-from edgeguard.errors import EngineError
+from edgeguard.errors import EngineError, InputError
 
 ROWS = [{"id": i, "prompt": f"question number {i}", "kept": {"n": [i, None, 1.5]}} for i in range(40)]
 FAST = ("--batch-size", "1", *THREADS)  # four rows a chunk: many places to stop at
@@ -365,6 +365,13 @@ def test_two_scans_cannot_write_one_output(source: Path, out: Path, tiny_bundle:
     rest = "".join(json.dumps(row) + "\n" for row in ROWS[1:])
     assert finish(process, rest.encode())[0] == 0
     check_whole(out)
+
+
+def test_an_output_that_came_meanwhile_is_kept(out: Path) -> None:
+    out.write_text("another scan's\n")  # after check_output looked
+    with pytest.raises(InputError, match="exists already"):
+        Journal(out, fresh=False)
+    assert out.read_text() == "another scan's\n" and not part_of(out).exists()
 
 
 def test_a_finished_output_is_replaced_only_by_force(source: Path, out: Path, tiny_bundle: Path) -> None:

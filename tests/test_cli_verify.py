@@ -10,6 +10,8 @@ import pytest
 from cli_support import THREADS, run
 from tiny import edit_manifest, refresh_files
 
+from edgeguard.cli import verify
+
 
 def test_a_whole_bundle_passes(tiny_bundle: Path) -> None:
     result = run("verify", tiny_bundle, *THREADS)
@@ -91,6 +93,24 @@ def test_damage_fails_and_is_named(damage: Callable[[Path], None], where: str, r
     assert len(failed) == 1, result.stdout
     assert failed[0].split()[1] == where
     assert reason in failed[0]
+
+
+def test_what_only_an_app_runs_is_skipped(bundle_copy: Path) -> None:
+    _no_engine(bundle_copy)
+    (bundle_copy / "export.json").write_text("{}")
+    edit_manifest(bundle_copy, lambda manifest: manifest["files"].update({"export.json": {"engine": None}}))
+    refresh_files(bundle_copy)
+    result = run("verify", bundle_copy, *THREADS)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1].split()[:2] == ["skip", "self-test"]
+
+
+def test_an_engine_whose_library_is_missing_is_skipped(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verify.LIBRARIES, "onnx", "no_such_library")
+    result = run("verify", bundle_copy, *THREADS)
+    assert (result.exit_code, "needs pip install 'edgeguard-runtime[onnx]'" in result.stdout) == (0, True)
+    _flip_a_byte(bundle_copy)
+    assert run("verify", bundle_copy, *THREADS).exit_code == 1
 
 
 def test_every_file_is_looked_at_and_a_damaged_model_is_not_run(bundle_copy: Path) -> None:

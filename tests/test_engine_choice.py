@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import shutil
@@ -12,12 +13,12 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed: pip install 'edgeguard-runtime[convert]'")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from tiny import edit_manifest  # noqa: E402
+from tiny import edit_manifest, refresh_files  # noqa: E402
 from tiny_llama import write_llama_bundle  # noqa: E402
 
 from edgeguard import Guard  # noqa: E402
 from edgeguard.cache import CACHE_VARIABLE  # noqa: E402
-from edgeguard.engines import int8  # noqa: E402
+from edgeguard.engines import choose, int8  # noqa: E402
 from edgeguard.engines.byte_products import byte_products_are_exact  # noqa: E402
 from edgeguard.errors import BundleError, EngineError, InputError  # noqa: E402
 
@@ -58,6 +59,31 @@ def test_another_bundle_has_weights_of_its_own(bundle: Path, cache: Path, tmp_pa
     assert len(list(cache.rglob("*.bin"))) == 2
 
 
+def test_a_bundle_that_takes_the_name_of_anothers_weights_changes_nothing_there(
+    bundle: Path, cache: Path, tmp_path: Path
+) -> None:
+    margin = Guard.load(bundle, engine="onnx-int8", threads=1).classify(TEXTS[0]).margin
+    shutil.rmtree(cache)
+    other = write_llama_bundle(tmp_path / "other", seed=1)
+    names = [json.loads((folder / "model.int8.json").read_text())["weights"] for folder in (other, bundle)]
+    for file in ("model.int8.json", "model.int8.onnx", "model.int8.unsigned.onnx"):  # the names are of one length
+        (other / file).write_bytes((other / file).read_bytes().replace(names[0].encode(), names[1].encode()))
+    refresh_files(other)
+    assert Guard.load(other, engine="onnx-int8", threads=1).self_test() < 0.5
+    assert Guard.load(bundle, engine="onnx-int8", threads=1).classify(TEXTS[0]).margin == margin
+    assert [file.name for file in cache.rglob("*.bin")] == [names[1]] * 2
+
+
+def test_weights_are_made_of_nothing_but_what_the_manifest_lists(bundle: Path, cache: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    shutil.copy(other / "model.onnx", other / "unlisted.onnx")
+    plan = json.loads((other / "model.int8.json").read_text())
+    (other / "model.int8.json").write_text(json.dumps({**plan, "source": "unlisted.onnx"}))
+    refresh_files(other)
+    with pytest.raises(BundleError, match=r"source: expected a file that the manifest lists, found 'unlisted.onnx'"):
+        Guard.load(other, engine="onnx-int8", threads=1)
+
+
 def test_a_cpu_that_cuts_products_has_weights_of_its_own(
     bundle: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +92,7 @@ def test_a_cpu_that_cuts_products_has_weights_of_its_own(
         monkeypatch.setattr(int8, "byte_products_are_exact", lambda exact=exact: exact)
         margins.append(Guard.load(bundle, engine="onnx-int8", threads=1).classify(TEXTS[0]).margin)
     assert margins == pytest.approx([margins[0]] * len(margins), abs=1e-3)  # the same integers, the same products
-    assert (cache / "unsigned").is_dir() and len(list(cache.rglob("*.bin"))) == len(margins)
+    assert len(list(cache.rglob("*.bin"))) == len(margins)
     older = Path(shutil.copytree(bundle, tmp_path / "older"))
     edit_manifest(older, lambda manifest: manifest["files"].pop("model.int8.unsigned.onnx"))
     with pytest.raises(BundleError, match=r"expected model.int8.unsigned.onnx, which this CPU needs"):
@@ -109,7 +135,27 @@ def test_auto_measures_once_and_remembers(bundle: Path, cache: Path) -> None:
     other = next(name for name in choice["latency_ms"] if name != choice["chosen"])
     file.write_text(json.dumps({**choice, "chosen": other}))
     assert Guard.load(bundle, threads=1).info()["engine"]["name"] == other  # what is remembered counts
-    file.write_text("{")
+    for damaged in ("{", "null", "[1]"):
+        file.write_text(damaged)
+        assert Guard.load(bundle, threads=1).info()["engine"]["choice"]["refused"] == {}
+
+
+def test_it_measures_again_where_what_computes_has_changed(
+    bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in (None, "0.3.1", "0.3.2", None):
+        monkeypatch.setattr(choose, "_version", lambda name, version=version: version)
+        Guard.load(bundle, threads=1)
+    assert len(list(cache.glob("engine-*.json"))) == 3
+
+
+def test_a_refusal_that_may_pass_is_not_remembered(bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(plan: int8.Plan, file: Path, target: Path, *, unsigned: bool) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(int8, "_carry_out", full)
+        assert "No space left" in Guard.load(bundle, threads=1).info()["engine"]["choice"]["refused"]["onnx-int8"]
     assert Guard.load(bundle, threads=1).info()["engine"]["choice"]["refused"] == {}
 
 

@@ -172,7 +172,9 @@ def _other_self_test(bundle: Path) -> None:
         (None, ["--target", "onnx", "--max-tokens", "3"], 1, "max_tokens: expected a whole number from"),
         (None, ["--target", "onnx", "--max-tokens", "0"], 2, "is not in the range"),
         (None, ["--target", "abacus"], 2, "'abacus' is not one of"),
-        (None, ["--target", "onnx", "-o", "{full}"], 2, "exists and is not empty"),
+        (None, ["--target", "onnx", "-o", "{full}"], 2, "is not free: name a new folder"),
+        (None, ["--target", "onnx", "-o", "."], 2, "one that is not the current folder"),
+        (None, ["--target", "onnx", "-o", "{link}"], 2, "is not free"),
         (None, [], 2, "Missing option '--target'"),
         (_no_onnx, ["--target", "onnx"], 1, "expected a file for the engine 'onnx'"),
         (_no_onnx, ["--target", "gguf"], 1, "expected a GGUF or an ONNX file"),
@@ -194,7 +196,9 @@ def test_what_cannot_be_made_is_refused(
     out.mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
-    arguments = [argument.format(full=tmp_path / "full") for argument in arguments]
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    arguments = [argument.format(full=tmp_path / "full", link=tmp_path / "link") for argument in arguments]
     where = [] if "-o" in arguments else ["-o", str(out / "made")]
     result = run("export", "--bundle", bundle_copy, *arguments, *where)
     assert (result.exit_code, result.stdout) == (code, "")
@@ -399,6 +403,17 @@ def test_rules_encode_as_the_guard_does(messages: list[tuple[str, str]], limit: 
             rules.encode(said, _tokenize, manifest)
         return
     assert rules.encode(said, _tokenize, manifest) == (wanted.ids, wanted.target, wanted.truncated)
+
+
+def test_rules_keep_to_the_limit_where_a_turn_costs_much() -> None:
+    said = [{"role": "user", "content": "the cat and the hat " * 40}] * 3
+    template = dataclasses.replace(TEMPLATE, opening={**TEMPLATE.opening, "user": (1, *range(10, 60))})
+    for limit in (70, 90, 120, 300):
+        wanted = template.encode(TOKENIZER, as_messages(messages=said), limit)
+        assert len(wanted.ids) <= limit and wanted.truncated
+        assert len(wanted.ids) > limit - 60  # no more is wasted than a turn of its own would cost
+        manifest = {"template": template.to_dict(), "max_tokens": limit}
+        assert rules.encode(said, _tokenize, manifest) == (wanted.ids, wanted.target, True)
 
 
 TOKENIZER = make_tokenizer()

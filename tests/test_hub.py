@@ -75,3 +75,17 @@ def test_local_folders_stay_what_they_are(tmp_path: Path) -> None:
     assert resolve_bundle("~/x") == Path.home() / "x"
     with pytest.raises(BundleError, match="expected a bundle folder, found nothing"):
         Guard.load("owner/name")
+    with pytest.raises(BundleError, match="~nosuchuser/x: .* Name the folder in full"):
+        Guard.load("~nosuchuser/x")
+
+
+def test_any_fault_of_the_download_is_one_of_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    class RemoteProtocolError(Exception):
+        """As of the HTTP client that the library has from version 1 on."""
+
+    def drop(repo: str, revision: str | None) -> str:
+        raise RemoteProtocolError("Server disconnected without sending a response.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", drop)
+    with pytest.raises(BundleError, match="found RemoteProtocolError: Server disconnected"):
+        resolve_bundle("hf://a/b")

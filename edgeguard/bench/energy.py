@@ -48,7 +48,8 @@ def find_meter(root: Path | None = None) -> tuple[EnergyMeter | None, Meter]:
     root = POWERCAP_ROOT if root is None else root
     if sys.platform == "darwin":
         return _find_powermetrics()
-    packages = sorted(zone for zone in root.glob("*:*") if _name(zone).startswith("package"))
+    # "intel-rapl-mmio:*" are the same packages, read another way.
+    packages = sorted(zone for zone in root.glob("intel-rapl:*") if _name(zone).startswith("package"))
     if not packages:
         return None, Meter(None, f"{root} has no package counter (RAPL)")
     try:

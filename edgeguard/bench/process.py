@@ -80,14 +80,24 @@ class Worker:
     def ask(self, do: str, **arguments: Any) -> Any:  # noqa: ANN401 - any JSON value
         """Ask for ``do`` with ``arguments`` (JSON-ready) and wait for the answer.
 
-        Raises Refused with the worker's own reason, BenchError when it died or does not answer in time.
+        What is asked to take ``seconds`` has that much more time. Raises Refused with the worker's own reason,
+        BenchError when it died or does not answer in time.
         """
-        timer = threading.Timer(self._answer_within_s, self._process.kill)
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._process.kill()
+
+        within_s = self._answer_within_s + arguments.get("seconds", 0.0)
+        timer = threading.Timer(within_s, give_up)
         timer.start()
         try:
             reply = self._exchange(json.dumps({"do": do, **arguments}).encode() + b"\n")
         finally:
             timer.cancel()
+        if reply is None and late.is_set():
+            raise BenchError(f"{self.name}: gave no answer within {within_s:g} s to {do!r}; nothing was recorded.")
         if reply is None:
             raise BenchError(self._obituary(do))
         if "error" in reply:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -98,10 +99,11 @@ def bench_command(
 
     Exit codes: 0 measured, 1 an error (then nothing is written), 2 wrong usage, 130 Ctrl-C.
     """  # noqa: D301 - click reads \b
-    outputs = [name for name in (json_file, markdown_file, plot_file) if name is not None and name != STDOUT]
-    for name in outputs:
-        if not Path(name).absolute().parent.is_dir():
-            raise click.UsageError(f"{name}: its folder does not exist.")
+    if STDOUT in (markdown_file, plot_file):
+        raise click.UsageError("only --json writes to stdout: name a file for --markdown and --plot.")
+    for name in (json_file, markdown_file, plot_file):
+        if name is not None and name != STDOUT:
+            _check_writable(Path(name))
     if compare is not None:
         _only_compare(ctx, {"compare", "json_file"})
         _compare(Path(compare[0]), Path(compare[1]), json_file)
@@ -123,6 +125,16 @@ def bench_command(
     if busy is not None and busy > QUIET_CPUS:
         warn(f"about {busy:.1f} CPUs were busy with other work, which disturbed the run: measure on a quiet machine.")
     _write(record, json_file, markdown_file, plot_file)
+
+
+def _check_writable(file: Path) -> None:
+    """Refuse now what could not be written after minutes of measuring."""
+    if file.is_dir():
+        raise click.UsageError(f"{file}: is a folder. Name a file.")
+    try:
+        tempfile.TemporaryFile(dir=file.absolute().parent).close()  # asks the file system itself
+    except OSError as error:
+        raise click.UsageError(f"{file}: cannot be written: {error.strerror}.") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import click
 
 from edgeguard.cli.options import guard_options, json_option, load_guard, threshold_of
 from edgeguard.cli.output import console, emit_json, warn
-from edgeguard.cli.rows import decode_json, target_of
+from edgeguard.cli.rows import decode_json, stdin_bytes, target_of
 from edgeguard.errors import InputError
 from edgeguard.taxonomy import HAZARDS
 
@@ -22,6 +23,15 @@ __all__ = ["classify_command"]
 
 EXIT_FLAGGED = 3
 STDIN = "-"
+# UTF-32's before UTF-16's, which are their beginning.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+CONVERT_IT = "Nothing was judged: convert the text to UTF-8."
 # Hazards shown to people; --json has all of them.
 HAZARDS_SHOWN = 3
 COLORS = {"allow": "green", "block": "bold red", "escalate": "bold yellow"}
@@ -106,20 +116,26 @@ def _stdin_is_terminal() -> bool:
 
 
 def _read(path: str) -> str:
-    """The text of a file or of stdin; bytes that are no UTF-8 are replaced, said so, and still judged."""
-    data = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+    """The text of a file or of stdin: UTF-8, or what the byte order mark says. Raises InputError for anything else.
+
+    What another program would read there must not be judged as something else: PowerShell 5 writes UTF-16.
+    """
+    name = "stdin" if path == STDIN else path
+    data = stdin_bytes().read() if path == STDIN else Path(path).read_bytes()
+    encoding = next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     try:
-        return data.decode()
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        name = "stdin" if path == STDIN else path
-        warn(f"{name}: not UTF-8 (first at byte {error.start + 1}); such bytes were replaced before judging.")
-        return data.decode(errors="replace")
+        raise InputError(f"{name}: not {encoding} (first at byte {error.start + 1}). {CONVERT_IT}") from error
+    if "\0" in text:
+        raise InputError(f"{name}: holds NUL characters, as UTF-16 without a byte order mark does. {CONVERT_IT}")
+    return text
 
 
 def _checked(text: str | None, name: str) -> str | None:
-    """Say so when an argument holds bytes that are no UTF-8 (Python keeps them as lone surrogates)."""
+    """Refuse an argument with bytes that are no UTF-8 (Python keeps them as lone surrogates). Raises InputError."""
     if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
-        warn(f"{name}: not UTF-8; such bytes were replaced before judging.")
+        raise InputError(f"{name}: not UTF-8. {CONVERT_IT}")
     return text
 
 

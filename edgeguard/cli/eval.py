@@ -150,6 +150,8 @@ def _labelled_item(row: Row) -> Mapping[str, Any]:
     """What the label judges: its "target" decides where the row has one."""
     item = row.item()
     target = row.data.get("target") if row.data is not None else None
+    if target is not None and target not in TARGETS:
+        raise InputError(f"target: expected {' or '.join(TARGETS)}, found {target!r:.40}")
     if target == "prompt" and "prompt" in item:
         item.pop("response", None)
     if target in TARGETS and target_of(item) != target:

@@ -25,7 +25,9 @@ def _free_folder(ctx: click.Context, param: click.Parameter, value: str) -> Path
     from edgeguard.export.make import is_free
 
     if not is_free(Path(value)):
-        raise click.BadParameter(f"{value} exists and is not empty. Name a new folder, or remove it.", ctx, param)
+        raise click.BadParameter(
+            f"{value} is not free: name a new folder, or an empty one that is not the current folder.", ctx, param
+        )
     return Path(value)
 
 
@@ -95,7 +97,7 @@ def _conversations(ctx: click.Context, param: click.Parameter, value: str | None
     metavar="DIR",
     required=True,
     callback=_free_folder,
-    help="Folder to write; it must not exist yet.",
+    help="Folder to write: a new one, or an empty one.",
 )
 @json_option
 def export_command(

@@ -66,12 +66,21 @@ class Journal:
     """The unfinished output of one scan. Use as a context manager; call :meth:`finish` when every row is in."""
 
     def __init__(self, out: Path, *, fresh: bool) -> None:
-        """Open and lock what there is of ``out``; ``fresh`` empties it. Raises InputError when another scan has it."""
+        """Open and lock what there is of ``out``; ``fresh`` empties it, and replaces ``out``.
+
+        Raises InputError when another scan has it, or has made ``out`` meanwhile.
+        """
         self.out = out
         self.part = _part(self.out)
         self.meta = self.part.with_name(self.part.name + ".meta")
         self._file: IO[bytes] = open(self.part, "ab+", buffering=0)  # noqa: PTH123 - with buffering
         _lock(self._file, self.part)
+        if out.exists() and not fresh:  # of a scan that ended since check_output looked
+            made_here = self._file.seek(0, os.SEEK_END) == 0
+            self._file.close()
+            if made_here:
+                self.part.unlink()
+            raise InputError(f"{out}: exists already. Choose another -o, or --force to replace it.")
         if fresh:
             self._file.truncate(0)
             self.meta.unlink(missing_ok=True)

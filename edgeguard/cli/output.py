@@ -6,6 +6,7 @@ printed as markup.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -25,9 +26,14 @@ PIPE_WIDTH = 120
 
 
 def console() -> Console:
-    """A console on stdout as it is now (tests replace it); plain and of fixed width when it is no terminal."""
+    """A console on stdout as it is now (tests replace it); plain and of fixed width when it is no terminal.
+
+    What stdout's encoding does not have, in a Windows pipe say, is escaped instead of ending the command.
+    """
     from rich.console import Console
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgeguard.guard import Guard
     from edgeguard.verdict import Verdict
 
-__all__ = ["ITEM_KEYS", "Row", "RowFile", "chunks", "decode_json", "judge", "target_of"]
+__all__ = ["ITEM_KEYS", "Row", "RowFile", "chunks", "decode_json", "judge", "stdin_bytes", "target_of"]
 
 ITEM_KEYS = ("prompt", "response", "messages", "text")
 # A line above this is an error, not read into memory; the largest text edgeguard promises to take is 10 MB.
@@ -62,13 +62,20 @@ class Row:
         return item
 
 
+def stdin_bytes() -> IO[bytes]:
+    """The bytes on stdin. Raises InputError where it is closed (``<&-``, or a program without a console)."""
+    if sys.stdin is None:
+        raise InputError("stdin is closed. Name a file instead of -.")
+    return sys.stdin.buffer
+
+
 class RowFile:
     """An input of rows: iterate over it. ``position`` and ``total`` are in bytes on disk, for a progress bar."""
 
     def __init__(self, path: str) -> None:
-        """Open ``path``, or stdin for ``-``. Raises OSError."""
+        """Open ``path``, or stdin for ``-``. Raises OSError, and InputError where stdin is closed."""
         self.path = path
-        self._file: IO[bytes] = sys.stdin.buffer if path == "-" else open(path, "rb")  # noqa: PTH123
+        self._file: IO[bytes] = stdin_bytes() if path == "-" else open(path, "rb")  # noqa: PTH123
         self._counted = _Counted(self._file)
         self._buffer = io.BufferedReader(self._counted, READ_BYTES)
         self.total = _size_of(self._file)

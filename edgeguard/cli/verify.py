@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["verify_command"]
 
 NAME_WIDTH = 24
+LIBRARIES = {"gguf": "llama_cpp"}  # of an engine whose extra is named like it
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what was looked at, whether it holds (None: not reached), and what was found."""
+    """One check: what was looked at, whether it holds (None: not made), and what was found."""
 
     check: str
     ok: bool | None
@@ -39,18 +41,19 @@ class Check:
 def verify_command(ctx: click.Context, /, bundle: str, threads: int | None, as_json: bool) -> None:
     """Check a bundle: manifest, sizes and checksums, tokenizer, model, self-test.
 
-    DIR is a folder, or hf://owner/name on the Hugging Face Hub. Every check has a line; after a damaged file the model
-    is not loaded. Checksums show damage, not who made the bundle: the manifest itself is not signed.
+    DIR is a folder, or hf://owner/name on the Hugging Face Hub. Every check has a line. Skipped: the model after a
+    damaged file, and one that nothing here can run. Checksums show damage, not who made the bundle: the manifest itself
+    is not signed.
 
     \b
     edgeguard verify models/edgeguard-mini
     edgeguard verify ./my-bundle --json
 
-    Exit codes: 0 every check holds, 1 one does not, 2 wrong usage.
+    Exit codes: 0 every check that was made holds, 1 one does not, 2 wrong usage.
     """  # noqa: D301 - click reads \b
     failed = False
     for check in _checks(bundle, threads):
-        failed |= not check.ok
+        failed |= check.ok is False
         if as_json:
             emit_json(asdict(check))
         else:
@@ -71,20 +74,27 @@ def _checks(spec: str, threads: int | None) -> list[Check]:
     checks = [Check(MANIFEST_NAME, True, f"{bundle.label}, format version {FORMAT_VERSION}")]
     checks += [_check_file(bundle, name) for name in bundle.manifest.files]
     damaged = not all(check.ok for check in checks)
-    for engine in _engines(bundle):
+    engines = _engines(bundle)
+    if not engines:
+        checks.append(Check("self-test", None, "not run: its files are for an app's runtime, not for edgeguard's"))
+    for engine in engines:
+        name, needed = f"self-test ({engine})", LIBRARIES.get(engine)
         if damaged:
-            checks.append(Check(f"self-test ({engine})", None, "not run: a file is not what the manifest says"))
+            checks.append(Check(name, None, "not run: a file is not what the manifest says"))
+        elif needed is not None and importlib.util.find_spec(needed) is None:
+            checks.append(Check(name, None, f"not run: needs pip install 'edgeguard-runtime[{engine}]'"))
         else:
-            checks.append(_attempt(f"self-test ({engine})", partial(_self_test, bundle, engine, threads)))
+            checks.append(_attempt(name, partial(_self_test, bundle, engine, threads)))
     return checks
 
 
 def _engines(bundle: Bundle) -> list[str]:
-    """Engines that the bundle has a file for; the default one when it has none, so that this shows as a failure."""
+    """Engines that the bundle has a file for; where there is none, ``auto``, which fails, but not for an export."""
     from edgeguard.engines import ENGINES
+    from edgeguard.export.make import FACTS_NAME
 
     held = {entry.engine for entry in bundle.manifest.files.values()}
-    return [name for name in ENGINES if name in held] or ["auto"]
+    return [name for name in ENGINES if name in held] or ([] if FACTS_NAME in bundle.manifest.files else ["auto"])
 
 
 def _attempt(name: str, check: Callable[[], str]) -> Check:

@@ -13,13 +13,15 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeguard.cache import cache_folder
 from edgeguard.errors import BundleError, EngineError
-from edgeguard.files import write_whole
+from edgeguard.files import read_or_none, write_whole
 
 if TYPE_CHECKING:
     from edgeguard.bundle import Bundle
@@ -36,6 +38,7 @@ TEXT = (
     "ends before midnight."
 )
 KEY_DIGITS = 16
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def choose_engine(
@@ -44,20 +47,26 @@ def choose_engine(
     """The fastest of the engines ``names`` that reproduce the bundle's self-test, and the record of the choice.
 
     ``make``: loads an engine. The record holds ``chosen``, ``latency_ms`` (median, by engine) and ``refused`` (why, by
-    engine); it is kept in the cache by bundle, machine, versions and threads. Raises EngineError when none is left.
+    engine); it is kept in the cache by bundle, machine, versions and threads, unless an engine was refused for what may
+    pass, a full disk for one. Raises EngineError when none is left.
     """
     name = f"engine-{_key(bundle, names, threads)}.json"
-    with suppress(OSError, ValueError, KeyError, EngineError, BundleError):  # nothing remembered, or it no longer loads
+    # Nothing remembered, or no record, or its engine no longer loads.
+    with suppress(OSError, ValueError, KeyError, TypeError, EngineError, BundleError):
         record = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
         return make(record["chosen"]), record
-    engine, record = _measure(bundle, names, make)
+    engine, record, lasts = _measure(bundle, names, make)
     with suppress(OSError, EngineError):  # no cache: measured again the next time
-        write_whole(cache_folder() / name, lambda part: part.write_text(json.dumps(record), encoding="utf-8"))
+        if lasts:
+            write_whole(cache_folder() / name, lambda part: part.write_text(json.dumps(record), encoding="utf-8"))
     LOG.info("%s: chose the engine %s", bundle.label, record)
     return engine, record
 
 
-def _measure(bundle: Bundle, names: Sequence[str], make: Callable[[str], Engine]) -> tuple[Engine, dict[str, Any]]:
+def _measure(
+    bundle: Bundle, names: Sequence[str], make: Callable[[str], Engine]
+) -> tuple[Engine, dict[str, Any], bool]:
+    """The engine, the record, and whether it would be the same the next time."""
     from edgeguard.guard import Guard
 
     tokenizer, manifest = bundle.load_tokenizer(), bundle.manifest
@@ -65,6 +74,7 @@ def _measure(bundle: Bundle, names: Sequence[str], make: Callable[[str], Engine]
     fastest: Engine | None = None
     latency_ms: dict[str, float] = {}
     refused: dict[str, str] = {}
+    lasts = True
     for name in names:
         try:
             engine = make(name)
@@ -72,12 +82,13 @@ def _measure(bundle: Bundle, names: Sequence[str], make: Callable[[str], Engine]
             latency_ms[name] = _latency_ms(engine, ids)
         except (EngineError, BundleError) as error:
             refused[name] = str(error)
+            lasts &= not isinstance(error.__cause__, OSError)
             continue
         if latency_ms[name] == min(latency_ms.values()):
             fastest = engine
     if fastest is None:
         raise EngineError(f"{bundle.path}: no engine can run it here: {refused}.")
-    return fastest, {"chosen": fastest.name, "latency_ms": latency_ms, "refused": refused}
+    return fastest, {"chosen": fastest.name, "latency_ms": latency_ms, "refused": refused}, lasts
 
 
 def _latency_ms(engine: Engine, row: Sequence[int]) -> float:
@@ -97,7 +108,21 @@ def _key(bundle: Bundle, names: Sequence[str], threads: int | None) -> str:
     from edgeguard import __version__
 
     hashes = sorted(entry.sha256 for entry in bundle.manifest.files.values())
-    versions = (__version__, onnxruntime.__version__, platform.python_version())
-    machine = (platform.node(), platform.machine(), platform.processor(), os.cpu_count())
+    versions = (__version__, onnxruntime.__version__, _version("llama-cpp-python"), platform.python_version())
+    machine = (platform.node(), platform.machine(), _processor(), os.cpu_count())
     facts = (bundle.label, hashes, tuple(names), threads, versions, machine)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:KEY_DIGITS]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """Name and features: on Linux from /proc/cpuinfo, of which ``platform`` tells nothing."""
+    lines = (read_or_none(CPUINFO) or "").splitlines()
+    told = {line for line in lines if line.startswith(("model name", "flags", "CPU part", "Features"))}
+    return "\n".join(sorted(told)) or platform.processor()

@@ -14,6 +14,7 @@ online rotation of QuaRot (Ashkboos et al. 2024, arXiv 2404.00456), in blocks.
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,6 @@ class Matrix:
 class Plan:
     """How the file ``weights`` of ``size`` bytes is made from the file ``source``.
 
-    The name ``weights`` is that of one content, since all bundles share a cache.
-
     ``copies``: (place in the source, bytes, place in the weights).
     """
 
@@ -163,12 +162,15 @@ def int8_files(bundle: Bundle) -> tuple[Path, Path]:
     if file.name not in bundle.manifest.files:
         raise BundleError(f"{bundle.path}: expected {file.name} beside {graph.name}, found no such file listed.")
     plan = Plan.from_json(file.read_bytes(), str(file))
-    if byte_products_are_exact():
-        return graph, cached(plan.weights, lambda path: _carry_out(plan, file, path, unsigned=False))
-    if (graph := unsigned_graph(graph)).name not in bundle.manifest.files:
+    if plan.source not in bundle.manifest.files:
+        raise BundleError(f"{file}: source: expected a file that the manifest lists, found {plan.source!r}.")
+    unsigned = not byte_products_are_exact()
+    if unsigned and (graph := unsigned_graph(graph)).name not in bundle.manifest.files:
         raise BundleError(f"{bundle.path}: expected {graph.name}, which this CPU needs, found no such file listed.")
-    # A graph looks for its file by name, so other contents of one name stand in a folder of their own.
-    return graph, cached(f"unsigned/{plan.weights}", lambda path: _carry_out(plan, file, path, unsigned=True))
+    # A graph looks for its file by the name in the plan, which a bundle may choose: the folder tells contents apart.
+    made_of = f"{bundle.manifest.files[file.name].sha256} {bundle.manifest.files[plan.source].sha256} {unsigned}"
+    folder = f"int8-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}"
+    return graph, cached(f"{folder}/{plan.weights}", lambda path: _carry_out(plan, file, path, unsigned=unsigned))
 
 
 def unsigned_graph(graph: Path) -> Path:

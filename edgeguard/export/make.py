@@ -104,8 +104,12 @@ def open_export(folder: Path) -> Export:
 
 
 def is_free(output: Path) -> bool:
-    """Whether an export can be written there: nothing, or an empty folder."""
-    return not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    """Whether an export can be written there: nothing, or an empty folder, not the current one or a link."""
+    if not os.path.lexists(output):
+        return True
+    if not output.is_dir() or output.is_symlink() or output.samefile(Path.cwd()):
+        return False
+    return not any(output.iterdir())
 
 
 def export_bundle(
@@ -259,7 +263,10 @@ def _version(distribution: str) -> str | None:
 def _whole_folder(output: Path) -> Iterator[Path]:
     """A folder beside ``output`` that takes its place when the block ends well, and is gone otherwise."""
     if not is_free(output):
-        raise ExportError(f"{output}: expected nothing or an empty folder there, found something. Name another folder.")
+        raise ExportError(
+            f"{output}: expected nothing there, or an empty folder other than the current one, found something else. "
+            "Name another folder."
+        )
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))

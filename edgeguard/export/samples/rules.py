@@ -82,8 +82,9 @@ def _fit(bodies, overheads, room):
     if sum(map(len, bodies)) + sum(overheads) <= room:
         return bodies
     wanted = sum(map(len, bodies[:-1])) + sum(overheads[:-1])
-    kept = [_cut(bodies[-1], room - overheads[-1] - min(wanted, int(room * (1 - JUDGED_SHARE))))]
-    left = room - overheads[-1] - len(kept[0])
+    own = room - overheads[-1]
+    kept = [_cut(bodies[-1], own - min(wanted, int(room * (1 - JUDGED_SHARE)), own // 2))]
+    left = own - len(kept[0])
     for body, overhead in zip(bodies[-2::-1], overheads[-2::-1]):
         if left - overhead < min(len(body), FEW):
             break

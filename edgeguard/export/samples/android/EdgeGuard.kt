@@ -117,7 +117,10 @@ class EdgeGuard(
             }
             val files = manifest.getJSONObject("files")
             val model = verified(File(folder, modelName), files)
-            val library = HuggingFaceTokenizer.newInstance(verified(File(folder, "tokenizer.json"), files).toPath())
+            // Left to itself, the library cuts every text to 512 tokens, so that its end would go unread.
+            val whole = mapOf("truncation" to "false", "padding" to "false")
+            val tokenizer = verified(File(folder, "tokenizer.json"), files).toPath()
+            val library = HuggingFaceTokenizer.newInstance(tokenizer, whole)
             val tokenize = { text: String ->
                 library.encode(text, false, false).ids.let { ids -> IntArray(ids.size) { ids[it].toInt() } }
             }

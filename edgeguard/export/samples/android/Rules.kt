@@ -55,9 +55,10 @@ class Rules(manifest: JSONObject) {
         if (bodies.sumOf { it.size } + overheads.sum() <= room) return bodies
         val last = bodies.size - 1
         val wanted = bodies.take(last).sumOf { it.size } + overheads.take(last).sum()
-        val share = minOf(wanted, (room * (1 - JUDGED_SHARE)).toInt())
-        val kept = ArrayDeque(listOf(cutMiddle(bodies[last], room - overheads[last] - share)))
-        var left = room - overheads[last] - kept[0].size
+        val own = room - overheads[last]
+        val share = minOf(wanted, (room * (1 - JUDGED_SHARE)).toInt(), own / 2)
+        val kept = ArrayDeque(listOf(cutMiddle(bodies[last], own - share)))
+        var left = own - kept[0].size
         for (i in last - 1 downTo 0) {
             if (left - overheads[i] < minOf(bodies[i].size, FEW)) break
             kept.addFirst(cutMiddle(bodies[i], left - overheads[i]))

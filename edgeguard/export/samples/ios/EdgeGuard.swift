@@ -227,9 +227,10 @@ public struct Rules: Sendable {
         if lengths.reduce(0, +) + overheads.reduce(0, +) <= room { return bodies }
         let last = bodies.count - 1
         let wanted = lengths[..<last].reduce(0, +) + overheads[..<last].reduce(0, +)
-        let share = min(wanted, Int(Double(room) * (1 - judgedShare)))
-        var kept = [cutMiddle(bodies[last], room - overheads[last] - share)]
-        var left = room - overheads[last] - kept[0].count
+        let own = room - overheads[last]
+        let share = min(wanted, Int(Double(room) * (1 - judgedShare)), own / 2)
+        var kept = [cutMiddle(bodies[last], own - share)]
+        var left = own - kept[0].count
         for index in stride(from: last - 1, through: 0, by: -1) {
             if left - overheads[index] < min(lengths[index], few) { break }
             kept.insert(cutMiddle(bodies[index], left - overheads[index]), at: 0)

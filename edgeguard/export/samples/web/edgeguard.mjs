@@ -115,9 +115,10 @@ function fit(bodies, overheads, room) {
   if (sum(lengths) + sum(overheads) <= room) return bodies;
   const last = bodies.length - 1;
   const wanted = sum(lengths.slice(0, last)) + sum(overheads.slice(0, last));
-  const share = Math.min(wanted, Math.trunc(room * (1 - JUDGED_SHARE)));
-  const kept = [cutMiddle(bodies[last], room - overheads[last] - share)];
-  let left = room - overheads[last] - kept[0].length;
+  const own = room - overheads[last];
+  const share = Math.min(wanted, Math.trunc(room * (1 - JUDGED_SHARE)), Math.trunc(own / 2));
+  const kept = [cutMiddle(bodies[last], own - share)];
+  let left = own - kept[0].length;
   for (let i = last - 1; i >= 0 && left - overheads[i] >= Math.min(lengths[i], FEW); i--) {
     kept.unshift(cutMiddle(bodies[i], left - overheads[i]));
     left -= overheads[i] + kept[0].length;
