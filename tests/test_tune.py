@@ -74,7 +74,7 @@ def test_training_brings_the_rounded_student_nearer_and_keeps_every_integer(targ
     optimizer = torch.optim.Adam([p for p in free.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(40):
         optimizer.zero_grad()
-        loss(free, batch).backward()  # type: ignore[no-untyped-call]
+        loss(free, batch).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     plain, tuned = tuned_weights(free)
     assert (logits(plain, batch) - wanted).square().mean() < 0.5 * (before - wanted).square().mean()
