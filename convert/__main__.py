@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    r"""Make a guard: a small INT4 student from a teacher, base weights and labelled sets.
+    """Make a guard: a small INT4 student from a teacher, base weights and labelled sets.
 
     Steps, in order: base, corpus, teacher, label, student, train, qat, gptq, tune, export, evaluate, package; `run`
     does them all. Each keeps its result in build/RECIPE and is skipped when that is there; an interrupted step goes
@@ -30,7 +30,7 @@ def main() -> None:
     python -m convert run recipes/mini.toml --smoke  the same chain in minutes, to see that it works here
     python -m convert transcode models/edgeguard-mini mini.gguf   the same weights for llama.cpp
     python -m convert corpora                        the known sets and where they are published
-    """
+    """  # noqa: D301 - click reads \b
 
 
 def _step(name: str, help_text: str) -> None:
@@ -169,6 +169,7 @@ def parity(bundle: Path, rows: int, sets: tuple[str, ...], build: Path | None, o
 @click.option("--check", is_flag=True, help="Write nothing; fail when README.md is not what the records say.")
 def readme(check: bool) -> None:
     """Fill the tables of README.md from the records of the shipped bundle."""
+    from convert.files import write_whole
     from convert.readme import ReadmeError, render
 
     path = ROOT / "README.md"
@@ -180,7 +181,7 @@ def readme(check: bool) -> None:
     if check and rendered != text:
         raise click.ClickException("README.md is not what the records say. Run `python -m convert readme`.")
     if not check:
-        path.write_text(rendered, encoding="utf-8")
+        write_whole(path, lambda part: part.write_text(rendered, encoding="utf-8"))
 
 
 if __name__ == "__main__":

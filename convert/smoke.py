@@ -11,7 +11,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +144,11 @@ SHORT = {"tokens_per_step": 512, "max_tokens": 48, "evaluate_every": 40, "checkp
 TRAINING = {**SHORT, "passes": 7.0, "learning_rate": 3e-3, "head_learning_rate": 1e-2, "warmup": 0.1}
 
 
+def _short(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a training run that takes a minute; ``passes`` say how long, whatever the table has."""
+    return {**{name: value for name, value in table.items() if name != "steps"}, **TRAINING}
+
+
 def shrink(recipe: Recipe) -> Recipe:
     """The recipe with everything large made small, in a ``smoke`` folder of its build; sets the data folder.
 
@@ -159,7 +164,7 @@ def shrink(recipe: Recipe) -> Recipe:
     changes: dict[str, Any] = {
         "base": base,
         "student": {**recipe.student, "layers": 2, "max_tokens": 64, "samples": 64},
-        "train": {**recipe.train, **TRAINING},
+        "train": _short(recipe.train),
         "qat": {**recipe.qat, **SHORT, "steps": 20, "learning_rate": 1e-3} if recipe.qat else {},
         "export": {**recipe.export, "samples": 20},
         "gptq": {**recipe.gptq, "every": 8} if recipe.gptq else {},
@@ -182,7 +187,7 @@ def shrink(recipe: Recipe) -> Recipe:
     if "intermediate_size" in recipe.student:
         changes["student"]["intermediate_size"] = 64
     if recipe.teacher.get("kind") == "trained":
-        training = {**recipe.teacher["train"], **TRAINING}
+        training = _short(recipe.teacher["train"])
         changes["teacher"] = {**recipe.teacher, "base": base, "layers": 3, "max_tokens": 48, "train": training}
     elif recipe.teacher.get("kind") == "transformers":
         from convert.teachers.formats import find_format
@@ -193,12 +198,14 @@ def shrink(recipe: Recipe) -> Recipe:
         changes["teacher"] = {"kind": "transformers", "guard": guard, "model": str(judge)}
     elif recipe.teacher:
         raise RecipeError(f"--smoke has no small stand-in for a teacher of kind {recipe.teacher['kind']!r}.")
+    # A random judge knows nothing: the labels teach, so that there is something to calibrate and to compare.
+    random_judge = recipe.teacher.get("kind") == "transformers"
+    if random_judge:
+        changes["evaluate"]["teacher_sets"] = []
     if recipe.distill:
         changes["distill"] = {**recipe.distill, "unlabelled": {"tiny_unlabelled": 40}, "judged": 400}
-    if recipe.teacher.get("kind") == "transformers":
-        # A random judge knows nothing: the labels teach, so that there is something to calibrate and to compare.
-        changes["distill"]["label_weight"] = 20.0
-        changes["evaluate"]["teacher_sets"] = []
+        if random_judge:
+            changes["distill"]["label_weight"] = 20.0
     small = replace(recipe, **changes, build=folder / "build", models=folder / "models")
     if recipe.start:
         small = replace(small, start=replace(small, teacher={}, distill={}, start=None, build=folder / "start"))

@@ -63,12 +63,14 @@ class Student(nn.Module):
         """The first ``layers`` layers (None: all) of the base in ``folder``, and a head with a row a label.
 
         A label that ``target_tokens`` (label -> token id) names starts with that token's row of the unembedding, as the
-        base would have answered; every other row starts at zero.
+        base would have answered; every other row starts at zero. Raises StudentError for more layers than there are.
         """
         from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         config = base.config
+        if (layers or 0) > config.num_hidden_layers:
+            raise StudentError(f"layers = {layers}: {folder} has {config.num_hidden_layers}. Take as many, or fewer.")
         config.num_hidden_layers, config.use_cache = layers or config.num_hidden_layers, False
         config._attn_implementation = _attention()
         student = cls(config, labels)

@@ -61,6 +61,11 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         fetch_base({"model": "m", "folder": str(tmp_path / "nowhere")}, tmp_path / "b")
 
 
+def test_a_name_that_the_hub_cannot_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BaseError, match="a/b/c: could not be fetched from the Hub"):
+        fetch_base({"model": "m", "hub": "a/b/c"}, tmp_path / "b")
+
+
 def test_a_folder_of_another_base_is_not_reused(base: Path, tmp_path: Path) -> None:
     recipe = {"model": "m", "folder": str(base)}
     assert fetch_base(recipe, tmp_path / "b") == fetch_base(recipe, tmp_path / "b")

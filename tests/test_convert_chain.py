@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -22,15 +24,19 @@ from convert import steps  # noqa: E402
 from convert.__main__ import main  # noqa: E402
 from convert.base import plain_tokenizer_json  # noqa: E402
 from convert.corpora.registry import CorpusError  # noqa: E402
+from convert.distill import score  # noqa: E402
 from convert.export.onnx_graph import build_guard_graph  # noqa: E402
+from convert.fake_quant import enable_qat  # noqa: E402
 from convert.gptq import load_weights  # noqa: E402
 from convert.quantize import quantize_int4  # noqa: E402
 from convert.recipe import Recipe, RecipeError, load_recipe  # noqa: E402
 from convert.record import RecordError  # noqa: E402
+from convert.scores import onnx_stage  # noqa: E402
 from convert.smoke import requests, row, write_base, write_data, write_sets  # noqa: E402
-from convert.steps.data import read_examples  # noqa: E402
-from convert.steps.training import blend_targets  # noqa: E402
+from convert.steps.data import files_of, read_examples  # noqa: E402
+from convert.steps.training import _taught_examples, blend_targets, smoothing  # noqa: E402
 from convert.student import Student, StudentError  # noqa: E402
+from convert.teachers.formats import TeacherError  # noqa: E402
 from edgeguard import Guard  # noqa: E402
 from edgeguard.bundle import sha256_of  # noqa: E402
 from edgeguard.errors import ParityError  # noqa: E402
@@ -152,7 +158,7 @@ def test_what_a_step_was_made_from_is_the_recipes_own_table(recipe: Recipe) -> N
     def kept(step: str) -> Any:
         return json.loads((recipe.build / step / "inputs.json").read_text())
 
-    assert kept("corpus") == {"corpus": recipe.corpus}
+    assert kept("corpus") == {"corpus": recipe.corpus, "files": files_of(recipe.corpus["sets"])}
     assert kept("teacher") == {
         **{k: recipe.teacher[k] for k in ("base", "layers", "train")},
         "data": kept("train")["data"],
@@ -163,7 +169,11 @@ def test_what_a_step_was_made_from_is_the_recipes_own_table(recipe: Recipe) -> N
     assert kept("export")["export"] == recipe.export
     done = json.loads((recipe.build / "scores.done.json").read_text())
     assert done["teacher"] == recipe.teacher
-    assert done["asked"] == {**{k: recipe.distill[k] for k in ("unlabelled", "judged")}, "data": kept("train")["data"]}
+    assert done["asked"] == {
+        **{k: recipe.distill[k] for k in ("unlabelled", "judged")},
+        "data": kept("train")["data"],
+        "files": files_of(recipe.distill["unlabelled"]),
+    }
 
 
 def test_a_step_that_made_nothing_takes_other_settings(recipe: Recipe, tmp_path: Path) -> None:
@@ -193,6 +203,56 @@ def test_a_test_set_without_labels_is_refused_before_training(
     with pytest.raises(CorpusError, match=message):
         steps.corpus(load_recipe(recipe.path, tmp_path / "build"))
     assert not (tmp_path / "build" / "corpus" / "mix.jsonl.gz").exists()
+
+
+def test_a_test_set_of_one_class_has_no_curve(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.evaluate["curves"] = ["tiny_test", "tiny_unsafe"]
+    with pytest.raises(RecipeError, match=r"\[evaluate\] curves: tiny_unsafe has rows of one class"):
+        steps.corpus(replace(recipe, build=tmp_path))
+
+
+def test_a_mix_of_a_set_that_was_corrected_is_not_reused(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(recipe.build / "corpus", tmp_path / "build" / "corpus")
+    data = write_data(tmp_path / "data")
+    rows = gzip.decompress((data / "train" / "tiny_train.jsonl.gz").read_bytes()).replace(b'"unsafe"', b'"safe"', 1)
+    (data / "train" / "tiny_train.jsonl.gz").write_bytes(gzip.compress(rows))
+    sets = json.loads((data / "sets.json").read_text())
+    sets["tiny_train"]["sha256"] = hashlib.sha256(rows).hexdigest()
+    (data / "sets.json").write_text(json.dumps(sets))
+    monkeypatch.setenv("EDGEGUARD_DATA", str(data))
+    with pytest.raises(RecipeError, match="made from other settings"):
+        steps.corpus(replace(recipe, build=tmp_path / "build"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 9}, "layers = 9: the base has 3"),
+        ({"intermediate_size": 4096}, "intermediate_size = 4096: the base has"),
+        ({"layers": 9, "choose_layers": "lowest"}, "layers = 9: .* has 3"),
+    ],
+)
+def test_more_than_the_base_has_is_refused(
+    recipe: Recipe, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    for folder in ("corpus", "base", "trimmed"):
+        shutil.copytree(recipe.build / folder, tmp_path / folder)
+    with pytest.raises(StudentError, match=message):
+        steps.student(replace(recipe, build=tmp_path, student={**recipe.student, **changes}))
+
+
+def test_only_the_rows_that_the_recipe_asks_for_are_taught(recipe: Recipe, tmp_path: Path) -> None:
+    build = Path(shutil.copytree(recipe.build, tmp_path / "build"))
+    fewer = replace(recipe, build=build, distill={**recipe.distill, "judged": 50})
+    rows = _taught_examples(fewer, 64, steps.trimmed_base(fewer))
+    assert sum(row.teacher is not None for row in rows) == 50
+    scores = tmp_path / "scores.jsonl"
+    scores.write_text((build / "scores.jsonl").read_text().replace('{"id": "', '{"id": "other'))
+    foreign = replace(fewer, teacher={"kind": "scores", "file": str(scores)})
+    with pytest.raises(TeacherError, match="has a score of none of the"):
+        _taught_examples(foreign, 64, steps.trimmed_base(fewer))
 
 
 def test_a_base_that_no_container_holds_is_refused_before_training(recipe: Recipe, tmp_path: Path) -> None:
@@ -362,12 +422,17 @@ def test_an_export_that_differs_is_refused(recipe: Recipe, tmp_path: Path) -> No
     assert isinstance(Student.load(build / "qat" / "final"), Student)
 
 
-def test_int4_training_left_weights_that_survive_the_grid(recipe: Recipe) -> None:
-    """The QAT student and its INT4 file agree: what ships is what was trained."""
-    parity = json.loads((recipe.build / "export" / "parity.json").read_text())
-    for container in ("onnx", "gguf", "standard"):
-        assert parity[container]["n"] > 5 or container == "gguf"  # llama.cpp is an extra
-        assert (parity[container]["max_abs_diff"] or 0) < 0.5
+def test_what_ships_is_what_was_trained(recipe: Recipe) -> None:
+    """The student in quantization-aware training and the INT4 file answer alike."""
+    final, base = steps.qat(recipe), steps.trimmed_base(recipe)
+    rows, pad_id = read_examples(recipe, "validation", 64, base), steps.text_side(base)[0].pad_id
+    trained = Student.load(final)
+    enable_qat(trained.model, shifts=smoothing(recipe, steps.train(recipe)))
+    wanted = score(trained, rows, pad_id, bf16=False)
+    found = onnx_stage("onnx", steps.export(recipe), pad_id).logits(rows)
+    assert len(rows) > 5 and 0 < np.abs(found - wanted).max() < 0.5
+    before = score(Student.load(final), rows, pad_id, bf16=False)  # the weights that rounding starts from
+    assert np.abs(found - wanted).mean() < np.abs(found - before).mean()
 
 
 def test_unknown_recipe_and_keys_are_named(tmp_path: Path, world: dict[str, Path]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("onnx", reason="onnx is not installed: pip install 'edgeguard-runtime[test]'")
+pytest.importorskip("torch", reason="torch is not installed: pip install 'edgeguard-runtime[convert]'")
 
 from export_support import CONFIG, TOLERANCE, read_lines, tiny_weights, write_lines  # noqa: E402
 from tiny import refresh_files  # noqa: E402

@@ -7,16 +7,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
 
-from convert.batches import Batch, Example, collate
-from convert.fake_quant import enable_qat
-from convert.gptq import GptqError, gptq, load_weights
-from convert.quantize import Int4Weight, quantize_int4
-from convert.smoke import llama_config
-from convert.student import Student
-from edgeguard.taxonomy import HAZARDS
+torch = pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
+pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
+
+from torch import Tensor, nn  # noqa: E402
+
+from convert.batches import Batch, Example, collate  # noqa: E402
+from convert.fake_quant import enable_qat  # noqa: E402
+from convert.gptq import GptqError, gptq, load_weights  # noqa: E402
+from convert.quantize import Int4Weight, quantize_int4  # noqa: E402
+from convert.smoke import llama_config  # noqa: E402
+from convert.student import Student  # noqa: E402
+from edgeguard.taxonomy import HAZARDS  # noqa: E402
 
 VOCABULARY = 96
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from convert.package import commit_of
+pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
+pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
+
+from convert.package import commit_of  # noqa: E402
 
 RECIPE = "convert/recipes/tiny.toml"
 FILES = (RECIPE, "convert/steps.py", "edgeguard/guard.py", "README.md")

@@ -44,7 +44,7 @@ def test_every_container_is_asked(bundle: Path, tmp_path: Path) -> None:
         assert 0 < found[name]["mean_abs_diff"] < found[name]["max_abs_diff"] < 3
         assert f"| {name} | {found[name]['max_abs_diff']:.3f} |" in result.stdout
         assert f"{name} parity: 40 rows" in result.stderr
-    (tmp_path / "kept" / "standard" / "parity.npz").unlink()  # as if it had been stopped before that one
+    next((tmp_path / "kept").glob("*/standard/parity.npz")).unlink()  # as if it had been stopped before that one
     again = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert again.stdout == result.stdout and again.stderr.count("rows, ") == again.stderr.count("standard parity") == 1
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
 
-from convert.rotate import rotate_residual, rotation
-from convert.smoke import llama_config
-from convert.student import Student
+torch = pytest.importorskip("torch", reason="the conversion layer needs edgeguard-runtime[convert]")
+pytest.importorskip("transformers", reason="the conversion layer needs edgeguard-runtime[convert]")
+
+from torch import Tensor  # noqa: E402
+
+from convert.rotate import rotate_residual, rotation  # noqa: E402
+from convert.smoke import llama_config  # noqa: E402
+from convert.student import Student  # noqa: E402
 
 
 @pytest.fixture
@@ -27,10 +31,10 @@ def student() -> Student:
     return made
 
 
-def logits(student: Student) -> torch.Tensor:
+def logits(student: Student) -> Tensor:
     ids = torch.arange(60).reshape(3, 20)
     with torch.no_grad():
-        found: torch.Tensor = student(ids, torch.ones_like(ids))
+        found: Tensor = student(ids, torch.ones_like(ids))
     return found
 
 

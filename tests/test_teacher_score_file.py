@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +82,23 @@ def test_a_run_that_died_is_gone_on_with(judge: Judge, tmp_path: Path, monkeypat
     assert path.read_bytes() == before and len(judged) == 2
 
 
+def test_a_row_whose_text_has_changed_is_judged_again(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "scores.jsonl"
+    first = label_rows(judge, ROWS, path)
+    changed = [dataclasses.replace(ROWS[0], prompt="Something else altogether."), *ROWS[1:]]
+    second = label_rows(judge, changed, path)
+    assert second[ROWS[0].id].margin != first[ROWS[0].id].margin
+    assert all(second[row.id] == first[row.id] for row in ROWS[1:])
+    assert read_scores(path) == second
+    lines = [json.loads(line) for line in path.read_text().splitlines()]  # scores made elsewhere may not tell the text
+    path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "row_hash"}) + "\n" for line in lines))
+    before = path.read_bytes()
+    label_rows(judge, ROWS, path)
+    assert path.read_bytes() == before
+
+
 def test_each_batch_is_on_disk_before_the_next(judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, seen = tmp_path / "scores.jsonl", list[int]()
     real = judge.judge
@@ -133,6 +151,7 @@ def test_scores_made_elsewhere_are_read(tmp_path: Path) -> None:
         ({"hazards": ["S1"]}, r"hazards is \['S1'\], expected any of S1, S2"),
         ({"hazards": {"S99": 0.5}}, "hazards is {'S99': 0.5}, expected any of S1"),
         ({"hazards": {"S1": 2}}, "hazards is {'S1': 2}, expected any of S1"),
+        ({"row_hash": 7}, "row_hash is 7, expected a text"),
         ({"more": 1}, "expected the fields .*, found the fields .*more"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from convert.corpora.mix import (
 )
 from convert.corpora.registry import CorpusError, Row, get_set
 from convert.files import read_json, write_json, write_whole
-from convert.recipe import Recipe
+from convert.recipe import Recipe, RecipeError
 from convert.steps.kept import is_made
 from edgeguard.prompt import Template
 
@@ -39,6 +39,7 @@ __all__ = [
     "data_sha256",
     "encode_mixed",
     "evaluation_rows",
+    "files_of",
     "read_examples",
     "read_mix",
     "sample_batches",
@@ -59,18 +60,24 @@ def corpus(recipe: Recipe) -> Path:
     """Step ``corpus``: ``mix.jsonl.gz`` and ``data_manifest.json``."""
     folder = recipe.build / "corpus"
     path = folder / "mix.jsonl.gz"
-    if not is_made(path, {"corpus": recipe.corpus}, folder):
+    inputs = {"corpus": recipe.corpus, "files": files_of(recipe.corpus["sets"])}
+    if not is_made(path, inputs, folder):
         keys = leak_keys(recipe.evaluate["sets"])
         sets, constructed = recipe.corpus["sets"], recipe.corpus["constructed"]
         mix = build_mix(sets, constructed, seed=recipe.corpus["seed"], keys=keys)
         check_splits(mix.rows)
         # What could not be calibrated or measured in the end is refused before anything is trained.
         _held_back(recipe, mix.rows)
-        evaluation_rows(recipe)
+        _check_curves(recipe, evaluation_rows(recipe))
         lines = [json.dumps({**asdict(m.row), "split": m.split, "weight": m.weight}) for m in mix.rows]
         write_json(folder / "data_manifest.json", mix.manifest)
         write_whole(path, lambda p: p.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode())))
     return path
+
+
+def files_of(sets: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of each set's file, which changes when the set is corrected."""
+    return {name: get_set(name).sha256 for name in sets}
 
 
 def read_mix(recipe: Recipe) -> list[MixedRow]:
@@ -115,6 +122,12 @@ def text_side(folder: Path) -> tuple[Template, Tokenizer]:
 def evaluation_rows(recipe: Recipe) -> dict[str, list[Row]]:
     """The labelled rows of every test set that the recipe names, in its order."""
     return {name: labelled_rows(name) for name in recipe.evaluate["sets"]}
+
+
+def _check_curves(recipe: Recipe, tests: Mapping[str, Sequence[Row]]) -> None:
+    for name in recipe.evaluate["curves"]:
+        if len({row.label for row in tests[name]}) < 2:
+            raise RecipeError(f"{recipe.path.name}: [evaluate] curves: {name} has rows of one class, and no curve.")
 
 
 def calibration_rows(recipe: Recipe) -> list[Row]:

@@ -12,7 +12,15 @@ from convert.corpora.mix import is_noisy, leak_keys, row_keys, shuffled_by_text,
 from convert.corpora.registry import Row, check_ids
 from convert.files import read_json, write_json
 from convert.recipe import Recipe
-from convert.steps.data import calibration_rows, data_sha256, evaluation_rows, read_examples, read_mix, text_side
+from convert.steps.data import (
+    calibration_rows,
+    data_sha256,
+    evaluation_rows,
+    files_of,
+    read_examples,
+    read_mix,
+    text_side,
+)
 from convert.steps.kept import is_made
 from convert.steps.runs import run_training
 from edgeguard.bundle import sha256_of
@@ -58,7 +66,8 @@ def label(recipe: Recipe) -> Path:
     path = recipe.build / "scores.jsonl"
     if recipe.distill:
         asked = {name: recipe.distill[name] for name in ("unlabelled", "judged")}
-        _judge(recipe, lambda: rows_to_judge(recipe), path, {**asked, "data": data_sha256(recipe)})
+        asked |= {"data": data_sha256(recipe), "files": files_of(asked["unlabelled"])}
+        _judge(recipe, lambda: rows_to_judge(recipe), path, asked)
     return path
 
 
@@ -66,11 +75,13 @@ def judge_tests(recipe: Recipe) -> Path:
     """The teacher's scores of the calibration split and of the test sets that it is measured on."""
     if recipe.teacher["kind"] == "scores":
         return label(recipe)
+    from convert.teachers.score_file import row_hash
+
     path = recipe.build / "scores_of_tests.jsonl"
     tests = evaluation_rows(recipe)
     rows = [*calibration_rows(recipe), *(row for name in recipe.evaluate["teacher_sets"] for row in tests[name])]
     check_ids(rows)
-    _judge(recipe, lambda: rows, path, {"rows": [row.id for row in rows]})
+    _judge(recipe, lambda: rows, path, {"rows": [(row.id, row_hash(row)) for row in rows]})
     return path
 
 

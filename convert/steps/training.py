@@ -25,7 +25,7 @@ from convert.steps.data import (
 )
 from convert.steps.kept import is_made
 from convert.steps.runs import run_training
-from convert.steps.teaching import label, rows_without_label
+from convert.steps.teaching import label, rows_to_judge, rows_without_label
 from edgeguard.bundle import Bundle, sha256_of
 from edgeguard.engines.gguf_source import read_onnx
 from edgeguard.hub import HUB_PREFIX, resolve_bundle
@@ -59,13 +59,16 @@ def student(recipe: Recipe) -> Path:
 def _cut(recipe: Recipe, source: Path) -> Student:
     """The base in ``source`` with fewer layers and neurons, as [student] says."""
     from convert.prune import block_importance, keep_layers, keep_neurons, neuron_importance
-    from convert.student import HEAD, Student
+    from convert.student import HEAD, Student, StudentError
 
     table = recipe.student
     by_importance = table.get("choose_layers", "lowest") == "importance"
     ids = {label: target_token(source, text) for label, text in table.get("target_tokens", {}).items()}
     made = Student.from_base(source, None if by_importance else table["layers"], HEAD, ids)
-    made.onnx_config(table["max_tokens"])  # what no container can hold is refused before training
+    shape = made.onnx_config(table["max_tokens"])  # what no container can hold is refused before training
+    for name, there in (("layers", shape.num_layers), ("intermediate_size", shape.intermediate_size)):
+        if table.get(name, 0) > there:
+            raise StudentError(f"[student] {name} = {table[name]}: the base has {there}. Take as many, or fewer.")
     if by_importance or "intermediate_size" in table:
         rows = read_examples(recipe, "train", table["max_tokens"], source)
         calibration = sample_batches(spread(rows, table["samples"]), source)
@@ -177,13 +180,18 @@ def smoothing(recipe: Recipe, source: Path) -> dict[str, np.ndarray]:
 
 def _taught_examples(recipe: Recipe, max_tokens: int, source: Path) -> list[Example]:
     """The training rows, with the teacher's scores of them and the rows that it alone labels, where there is one."""
+    from convert.teachers.formats import TeacherError
     from convert.teachers.score_file import read_scores
 
     if not recipe.distill:
         return read_examples(recipe, "train", max_tokens, source)
     scores, weight = read_scores(label(recipe)), recipe.distill["unlabelled_weight"]
+    if recipe.teacher["kind"] != "scores":  # a file that grows may hold more than the recipe asks for by now
+        scores = {row.id: scores[row.id] for row in rows_to_judge(recipe)}
     mixed = [m for m in read_mix(recipe) if m.split == "train"]
     mixed += [MixedRow(row, "train", weight) for row in rows_without_label(recipe) if row.id in scores]
+    if not any(m.row.id in scores for m in mixed):
+        raise TeacherError(f"{label(recipe)}: has a score of none of the {len(mixed)} rows to learn from.")
     check_no_test_rows((m.row for m in mixed), leak_keys(recipe.evaluate["sets"]))
     return encode_mixed(mixed, max_tokens, source, scores)
 

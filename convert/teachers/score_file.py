@@ -5,10 +5,12 @@
 ``margin`` is the log-odds of unsafe and ``p_unsafe`` its sigmoid; ``hazards``: the probability that the text is unsafe
 for each hazard that the teacher knows (empty where it names none). Scores of two teachers, or of one asked in two ways,
 never share a file. Scores made elsewhere are such a file too: ``teacher`` names who made them, ``template_hash`` how.
+``row_hash`` tells which text was judged, and may be left out: a row whose text has changed since is judged again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -20,15 +22,17 @@ from typing import Any, Protocol
 import click
 
 from convert.corpora.registry import Row
+from convert.files import write_whole
 from convert.teachers.formats import TeacherError
 from convert.teachers.judge import Judgement
 from edgeguard.calibration import sigmoid
 from edgeguard.taxonomy import HAZARDS
 
-__all__ = ["Score", "Teacher", "label_rows", "read_scores"]
+__all__ = ["Score", "Teacher", "label_rows", "read_scores", "row_hash"]
 
 SHOW_EVERY_S = 15.0
 POOL_BATCHES = 50
+HASH_DIGITS = 16
 # How far p_unsafe may be from the sigmoid of the margin: one of them may have been rounded.
 TOLERANCE = 0.01
 
@@ -56,6 +60,12 @@ class Score:
     hazards: Mapping[str, float]
     teacher: str
     template_hash: str
+    row_hash: str = ""
+
+
+def row_hash(row: Row) -> str:
+    """What tells the texts of two rows of one id apart."""
+    return hashlib.sha256(json.dumps(row.messages()).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def read_scores(path: Path) -> dict[str, Score]:
@@ -83,13 +93,15 @@ def read_scores(path: Path) -> dict[str, Score]:
 
 def _parse(data: Any) -> Score:  # noqa: ANN401 - what a line of JSON may hold
     """A line as a score. Raises ValueError that says what is wrong with it."""
-    names = [field.name for field in fields(Score)]
-    if not isinstance(data, dict) or set(data) != set(names):
+    names = [field.name for field in fields(Score) if field.name != "row_hash"]
+    if not isinstance(data, dict) or set(data) - {"row_hash"} != set(names):
         found = f"the fields {sorted(data)}" if isinstance(data, dict) else f"{str(data):.40}"
         raise ValueError(f"expected the fields {names}, found {found}")
     for name in ("id", "teacher", "template_hash"):
         if not isinstance(data[name], str) or not data[name]:
             raise ValueError(f"{name} is {data[name]!r:.40}, expected a text")
+    if not isinstance(data.get("row_hash", ""), str):
+        raise ValueError(f"row_hash is {data['row_hash']!r:.40}, expected a text")
     p, margin, hazards = data["p_unsafe"], data["margin"], data["hazards"]
     if not _is_probability(p):
         raise ValueError(f"p_unsafe is {str(p):.40}, expected a number from 0 to 1")
@@ -113,10 +125,10 @@ def _is_probability(value: object) -> bool:
 def label_rows(teacher: Teacher, rows: Sequence[Row], path: Path, *, tokens: int = 4096) -> dict[str, Score]:
     """Judge the rows that ``path`` has no score for, batches of ``tokens`` tokens at a time; returns all scores.
 
-    Each batch is on disk before the next begins; a line that was being written when a run died is dropped. Raises
-    TeacherError when ``path`` holds another teacher's scores.
+    A score of another text than the row has now is replaced. Each batch is on disk before the next begins; a line that
+    was being written when a run died is dropped. Raises TeacherError when ``path`` holds another teacher's scores.
     """
-    done = _resume(teacher, path)
+    done = _without_changed(_resume(teacher, path), rows, path)
     todo = [row for row in rows if row.id not in done]
     started = shown = time.monotonic()
     count = 0
@@ -157,10 +169,28 @@ def _resume(teacher: Teacher, path: Path) -> dict[str, Score]:
     return done
 
 
+def _without_changed(done: dict[str, Score], rows: Sequence[Row], path: Path) -> dict[str, Score]:
+    """The scores whose text is still that of their row; the others leave ``path`` too."""
+    changed = {row.id for row in rows if row.id in done and done[row.id].row_hash not in ("", row_hash(row))}
+    if not changed:
+        return done
+    click.echo(f"{path}: {len(changed)} rows have another text than was judged, and are judged again", err=True)
+    kept = {id_: score for id_, score in done.items() if id_ not in changed}
+    lines = "".join(json.dumps(asdict(score)) + "\n" for score in kept.values())
+    write_whole(path, lambda part: part.write_text(lines, encoding="utf-8"))
+    return kept
+
+
 def _score(teacher: Teacher, row: Row, judgement: Judgement) -> Score:
     hazards = {code: round(p, 5) for code, p in judgement.hazards.items()}
     return Score(
-        row.id, round(judgement.p_unsafe, 7), round(judgement.margin, 5), hazards, teacher.name, teacher.template_hash
+        row.id,
+        round(judgement.p_unsafe, 7),
+        round(judgement.margin, 5),
+        hazards,
+        teacher.name,
+        teacher.template_hash,
+        row_hash(row),
     )
 
 
