@@ -41,14 +41,23 @@ from device_tests.targets import DeviceTarget
 from edgeguard.bench.device import commit
 from edgeguard.bundle import Bundle, sha256_of
 from edgeguard.errors import EdgeguardError
-from edgeguard.export.golden import GOLDEN_NAME, Golden, compare, read_answers, read_golden, write_golden
+from edgeguard.export.golden import (
+    GOLDEN_NAME,
+    Golden,
+    compare,
+    read_answers,
+    read_golden,
+    verdict_faults,
+    write_golden,
+)
 from edgeguard.export.make import Export, reference_guard
-from edgeguard.manifest import MANIFEST_NAME
+from edgeguard.manifest import MANIFEST_NAME, Manifest
 
 __all__ = ["Wanted", "run_on_device"]
 
 ROWS_NAME = "rows.jsonl"
 QUOTED_CHARS = 600
+SHOWN_FAULTS = 10  # of public rows
 
 
 @dataclass(frozen=True)
@@ -99,8 +108,9 @@ def run_on_device(
         say(f"{target.name}: {target.script} ...")
         failures = _run_script(target, export, job, wanted.within_s)
         measured = _collect(failures, lambda: load_measured(job / "measured.json"))
-        answered = _collect(failures, lambda: _judge_golden(golden, job, failures))
-        agreement = _collect(failures, lambda: _judge_rows(rows, job, wanted.seed))
+        manifest = export.bundle.manifest
+        answered = _collect(failures, lambda: _judge_golden(golden, job, manifest, failures))
+        agreement = _collect(failures, lambda: _judge_rows(rows, job, wanted.seed, manifest, failures))
         if wanted.keep is not None:
             shutil.copytree(job, wanted.keep)
     return Record(
@@ -199,10 +209,10 @@ def _collect(failures: list[str], get: Callable[[], Any]) -> Any:  # noqa: ANN40
         return None
 
 
-def _judge_golden(golden: list[Golden], job: Path, failures: list[str]) -> GoldenResult:
+def _judge_golden(golden: list[Golden], job: Path, manifest: Manifest, failures: list[str]) -> GoldenResult:
     answers = read_answers(job / f"{GOLDEN_NAME}.answers")
     found = compare(golden, answers)
-    failures += found.faults
+    failures += [*found.faults, *verdict_faults(golden, answers, manifest)]
     wrong = sum(bool(compare([line], [answer]).faults) for line, answer in zip(golden, answers, strict=False))
     return GoldenResult(
         vectors=len(golden),
@@ -213,10 +223,12 @@ def _judge_golden(golden: list[Golden], job: Path, failures: list[str]) -> Golde
     )
 
 
-def _judge_rows(rows: _Rows, job: Path, seed: int) -> Agreement | None:
+def _judge_rows(rows: _Rows, job: Path, seed: int, manifest: Manifest, failures: list[str]) -> Agreement | None:
     if not rows.rows:
         return None
-    return agreement_of(rows.rows, rows.golden, read_answers(job / f"{ROWS_NAME}.answers"), seed)
+    answers = read_answers(job / f"{ROWS_NAME}.answers")
+    failures += verdict_faults(rows.golden, answers, manifest)[:SHOWN_FAULTS]
+    return agreement_of(rows.rows, rows.golden, answers, seed)
 
 
 def _contradictions(measured: Measured | None, plan: Plan) -> tuple[str, ...]:

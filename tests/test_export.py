@@ -27,14 +27,15 @@ from export_support import CONFIG, read_lines, tiny_weights, write_int4_bundle, 
 
 from convert.export.onnx_graph import build_guard_graph  # noqa: E402
 from edgeguard import Guard  # noqa: E402
-from edgeguard.bundle import Bundle  # noqa: E402
+from edgeguard.bundle import Bundle, default_bundle_path  # noqa: E402
 from edgeguard.engines.gguf_source import read_onnx  # noqa: E402
 from edgeguard.errors import BundleError, InputError, ParityError  # noqa: E402
 from edgeguard.export import TARGETS, ExportError, check_script, make  # noqa: E402
 from edgeguard.export import onnx as onnx_target  # noqa: E402
-from edgeguard.export.golden import Answer, Golden, compare, read_answers, read_golden  # noqa: E402
+from edgeguard.export.golden import Answer, Golden, compare, read_answers, read_golden, verdict_faults  # noqa: E402
 from edgeguard.export.make import Export, export_bundle, open_export  # noqa: E402
 from edgeguard.export.target import SAMPLES, Check, Target, load_target  # noqa: E402
+from edgeguard.manifest import Manifest  # noqa: E402
 from edgeguard.prompt import as_messages  # noqa: E402
 
 rules = SimpleNamespace(**runpy.run_path(str(SAMPLES / "rules.py")))
@@ -342,6 +343,27 @@ def test_gguf_is_reproduced_by_plain_llama_cpp(gguf_export: Export) -> None:
     assert gguf_export.bundle.file_for("gguf").name == "model.gguf"
 
 
+def test_gguf_script_judges_no_text_that_llama_cpp_leaves_out(tmp_path: Path) -> None:
+    """The shipped tokenizer has no token for U+0004, which llama.cpp drops."""
+    pytest.importorskip("llama_cpp", reason=GGUF_MISSING)
+    export = export_bundle("gguf", default_bundle_path(), tmp_path / "gguf", max_tokens=64)
+    code = """
+from check import tokenize
+assert tokenize("water") and tokenize(" the  plants\\n")
+for text in ("\\x04", "water\\x04 the plants", chr(0x40000)):
+    try:
+        tokenize(text)
+    except ValueError as error:
+        assert "left out a part" in str(error)
+    else:
+        raise SystemExit(f"{text!r} was taken")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=export.bundle.path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_gguf_of_a_bundle_that_has_one_is_its_own(gguf_export: Export, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason=GGUF_MISSING)
     again = export_bundle("gguf", gguf_export.bundle.path, tmp_path / "again")
@@ -482,6 +504,23 @@ def test_a_wrong_answer_is_found_whatever_it_says_of_itself(answer: Answer, says
     assert compare([LINE], [GOOD]).faults == ()
     (fault,) = compare([LINE], [answer]).faults
     assert says in fault
+
+
+def test_a_verdict_that_is_not_of_its_own_margin_is_found(tiny_guard: Guard) -> None:
+    manifest = tiny_guard.bundle.manifest
+    p_unsafe = manifest.calibration[LINE.target].probability(GOOD.margin)
+    line = dataclasses.replace(LINE, truncated=False)
+    right = dataclasses.replace(
+        GOOD, p_unsafe=p_unsafe, action="block" if p_unsafe >= _threshold(manifest) else "allow"
+    )
+    assert verdict_faults([line], [right], manifest) == ()
+    for wrong in ({"action": "escalate"}, {"p_unsafe": 1 - p_unsafe}, {"margin": -50.0}):
+        (fault,) = verdict_faults([line], [dataclasses.replace(right, **wrong)], manifest)
+        assert fault.startswith("line 1 ("), fault
+
+
+def _threshold(manifest: Manifest) -> float:
+    return manifest.operating_points["balanced"].thresholds[LINE.target]
 
 
 def test_missing_answers_are_a_fault() -> None:

@@ -63,6 +63,9 @@ def test_the_export_is_verified_as_far_as_it_can_be_here(export: Export) -> None
     assert "it is not Core ML" in check.verified[1]
     assert check.vectors >= 12 and (check.largest_difference or 0) <= TOLERANCE
     assert any("Core ML did not run the package" in line for line in check.not_verified)
+    config = json.loads((export.bundle.path / "tokenizer_config.json").read_text())
+    model = json.loads((export.bundle.path / "tokenizer.json").read_text())["model"]
+    assert config["tokenizer_class"] == "GPT2Tokenizer" and config.get("unk_token") == model["unk_token"]
     readme = (export.bundle.path / "README.md").read_text()
     assert "**Not verified:** Core ML did not run" in readme and "{{" not in readme
     # A package alone has no engine of ours, and the GGUF beside it needs llama.cpp to be judged.

@@ -71,6 +71,8 @@ def test_javascript_encodes_as_python_does(tmp_path: Path) -> None:
         for _ in range(300)
     ]
     conversations = [talk for talk in conversations if talk[-1]["content"].strip("\x00 \t\r\n")]
+    # Longer than is tokenized at all, with a character of two UTF-16 units on either side of every cut.
+    conversations += [[{"role": "user", "content": "a" * lead + "🙂" * 9000}] for lead in (0, 1, 2)]
     limits = [rng.randint(24, 60) for _ in conversations]
     found = in_node(
         """
@@ -113,14 +115,21 @@ def test_javascript_fails_closed(tmp_path: Path) -> None:
         const manifest = { template: value, max_tokens: 40, format: "edgeguard-bundle", format_version: 1,
           files: { "model.onnx": { bytes: 1, sha256: "0" }, "tokenizer.json": { bytes: 1, sha256: "0" } } };
         const user = (content) => [{ role: "user", content }];
+        const rules = (calibration, thresholds = { prompt: 0.5 }) => ({
+          calibration: { prompt: { temperature: 1, bias: 0, ...calibration } },
+          operating_points: { balanced: { thresholds } },
+        });
         const bytes = (object) => new TextEncoder().encode(JSON.stringify(object));
         const tries = [
           () => encode([], () => [], manifest),
           () => encode(user(" \\n\\0"), () => [5], manifest),
           () => encode(user("x"), () => [1], manifest),
           () => encode([{ role: "wizard", content: "x" }], () => [5], manifest),
-          () => verdict(NaN, "prompt", false, manifest),
-          () => verdict(Infinity, "prompt", false, manifest),
+          () => verdict(NaN, "prompt", false, rules({})),
+          () => verdict(Infinity, "prompt", false, rules({})),
+          () => verdict(0, "prompt", false, rules({ temperature: 0 })),
+          () => verdict(9, "prompt", false, rules({ bias: "0.1" })),
+          () => verdict(9, "prompt", false, rules({}, {})),
           () => Guard.load("file:///", { read: async () => bytes({ format: "other" }) }),
           () => Guard.load("file:///", { read: async (name) => bytes(name === "manifest.json" ? manifest : {}) }),
         ];
@@ -138,8 +147,11 @@ def test_javascript_fails_closed(tmp_path: Path) -> None:
         "nothing to judge",
         "special token",
         "",
-        "NaN",
-        "Infinity",
+        "margin is NaN",
+        "margin is Infinity",
+        "pUnsafe is NaN",
+        "bias is 0.1",
+        "threshold is undefined",
         "found other",
         "not the file",
     ]

@@ -5,5 +5,6 @@ set -euo pipefail
 target=gguf
 . "$(dirname "$0")/../job.sh"
 cd "$root"
+if [ "$(plan unit)" = gpu ]; then export GPU_LAYERS=-1; else export GPU_LAYERS=0; fi
 answer check.py
 "$python" -m device_tests.gguf.measure "$export_folder" "$job"

@@ -29,6 +29,7 @@ try {
   const loadError = await page.evaluate(() => globalThis.loadError);
   if (loadError) throw new Error(loadError);
   const demo = await judgeInDemo(page);
+  if (!["allow", "block", "escalate"].includes(demo)) throw new Error(`the demo page shows ${demo}`);
   for (const name of (await readdir(job)).filter((file) => file.endsWith(".jsonl"))) await answer(page, name);
   const timings = [];
   for (const tokens of plan.tokens) timings.push(await time(page, tokens));

@@ -8,12 +8,14 @@ reproduces the golden vectors. On a Mac, ``check_coreml.py`` of the export runs 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeguard.bundle import TOKENIZER_NAME
 from edgeguard.errors import ParityError
 from edgeguard.export import gguf, pte
 from edgeguard.export.check_script import all_of, check_with_script
@@ -44,10 +46,23 @@ def _make(bundle: Bundle, folder: Path) -> dict[str, str | None]:
     with open_package(folder / PACKAGE) as package:
         _require_same_weights(Package(package), weights)
     write_portable_tokenizer(bundle, folder)  # Swift's regular expressions are ICU's
+    _write_tokenizer_config(folder)
     made: dict[str, str | None] = {PACKAGE: None}
     if not _gguf_missing():
         made |= gguf.TARGET.make(bundle, folder)
     return made | pte.make_pte(bundle, folder)
+
+
+def _write_tokenizer_config(folder: Path) -> None:
+    """What swift-transformers reads beside ``tokenizer.json``.
+
+    The unknown token too, which it takes from here alone: without one, a character that the vocabulary lacks, a control
+    character for instance, ends the program.
+    """
+    model = json.loads((folder / TOKENIZER_NAME).read_text(encoding="utf-8"))["model"]
+    unknown = {name: model[name] for name in ("unk_token", "fuse_unk") if model.get(name) is not None}
+    config = {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False, **unknown}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
 
 
 def _gguf_missing() -> list[str]:
@@ -124,6 +139,6 @@ TARGET = Target(
     name="ios",
     make=_make,
     check=_check,
-    samples=(*gguf.TARGET.samples, *pte.SAMPLES, f"ios/{SCRIPT}", "ios/EdgeGuard.swift", "ios/tokenizer_config.json"),
+    samples=(*gguf.TARGET.samples, *pte.SAMPLES, f"ios/{SCRIPT}", "ios/EdgeGuard.swift"),
     packages=("coremltools", *gguf.TARGET.packages, "executorch", "torch"),
 )

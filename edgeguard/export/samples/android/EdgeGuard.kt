@@ -67,6 +67,7 @@ class EdgeGuard(
     private val rules: Rules,
     private val tokenize: (String) -> IntArray,
     private val model: Model,
+    private val tokenizer: Closeable = Closeable {},
 ) : Closeable {
     /** Judge the last of [messages]: a response where its role is assistant, else a prompt. */
     fun judge(messages: List<Message>, point: String = "balanced"): Verdict {
@@ -102,10 +103,10 @@ class EdgeGuard(
             .put("margin", margin).put("p_unsafe", own.pUnsafe).put("action", own.action)
     }
 
-    override fun close() = model.close()
+    override fun close() = model.use { tokenizer.close() }
 
     companion object {
-        /** Load the export in [folder]; size and SHA-256 of what is loaded are compared with the manifest. */
+        /** Load the export in [folder], off the main thread; size and SHA-256 of what is loaded are compared with the manifest. */
         fun load(
             folder: File,
             modelName: String = "model.onnx",
@@ -119,12 +120,18 @@ class EdgeGuard(
             val model = verified(File(folder, modelName), files)
             // Left to itself, the library cuts every text to 512 tokens, so that its end would go unread.
             val whole = mapOf("truncation" to "false", "padding" to "false")
-            val tokenizer = verified(File(folder, "tokenizer.json"), files).toPath()
-            val library = HuggingFaceTokenizer.newInstance(tokenizer, whole)
+            System.setProperty("OPT_OUT_TRACKING", "true") // else it asks the network whether this is a cloud's machine
+            val path = verified(File(folder, "tokenizer.json"), files).toPath()
+            val library = HuggingFaceTokenizer.newInstance(path, whole)
             val tokenize = { text: String ->
                 library.encode(text, false, false).ids.let { ids -> IntArray(ids.size) { ids[it].toInt() } }
             }
-            return EdgeGuard(Rules(manifest), tokenize, open(model))
+            return try {
+                EdgeGuard(Rules(manifest), tokenize, open(model), library)
+            } catch (error: Throwable) {
+                library.close()
+                throw error
+            }
         }
     }
 }

@@ -26,11 +26,12 @@ class Rules(manifest: JSONObject) {
 
     /** Throws for nothing to judge, and for ids that no text may yield. */
     fun encode(messages: List<Message>, tokenize: (String) -> IntArray): Encoded {
-        val texts = messages.map { it.content.replace(LONE_SURROGATES, "\uFFFD") }
+        val side = limit * CHARS_PER_TOKEN
+        val whole = messages.map { it.content.replace(LONE_SURROGATES, "\uFFFD") }
+        val texts = whole.map { clip(it, side) }
         require(texts.isNotEmpty() && texts.last().any { it !in BLANK }) { "nothing to judge: the last message is empty" }
         val target = if (messages.last().role == "assistant") "response" else "prompt"
-        val side = limit * CHARS_PER_TOKEN
-        val bodies = texts.map { tokenize(if (it.length > 2 * side) it.take(side) + it.takeLast(side) else it) }
+        val bodies = texts.map(tokenize)
         check(bodies.none { body -> body.any { it in reserved } }) { "the tokenizer turned text into a special token" }
         val openings = messages.map { opening.getJSONArray(it.role).ints() }
         val read = template.getJSONObject("read").getJSONArray(target).ints()
@@ -38,16 +39,25 @@ class Rules(manifest: JSONObject) {
         val first = bodies.size - kept.size
         val ids = kept.flatMapIndexed { i, body -> openings[first + i].toList() + body.toList() + closing.toList() }
         val cut = first > 0 || kept.indices.any { kept[it].size < bodies[it].size }
-        return Encoded((ids + read.toList()).toIntArray(), target, cut || texts.any { it.length > 2 * side })
+        return Encoded((ids + read.toList()).toIntArray(), target, cut || texts != whole)
     }
 
-    /** Margin -> p_unsafe and action: "allow", "block", or "escalate" where not all was read. Throws for NaN. */
+    /** Margin -> p_unsafe and action: "allow", "block", or "escalate" where not all was read. Throws for what is no number. */
     fun decide(margin: Double, target: String, truncated: Boolean, point: String = "balanced"): Decision {
         check(margin.isFinite()) { "the model returned $margin" }
         val fitted = calibration.getJSONObject(target)
         val pUnsafe = sigmoid(margin / fitted.getDouble("temperature") + fitted.getDouble("bias"))
+        check(pUnsafe.isFinite()) { "p_unsafe is $pUnsafe" }
         val threshold = points.getJSONObject(point).getJSONObject("thresholds").getDouble(target)
         return Decision(pUnsafe, if (pUnsafe >= threshold) "block" else if (truncated) "escalate" else "allow")
+    }
+
+    /** Head and tail of a text that cannot fit, by characters as Unicode counts them: no surrogate pair is cut. */
+    private fun clip(text: String, side: Int): String {
+        if (text.codePointCount(0, text.length) <= 2 * side) return text
+        val head = text.offsetByCodePoints(0, side)
+        val tail = text.offsetByCodePoints(text.length, -side)
+        return text.substring(0, head) + text.substring(tail)
     }
 
     /** Trim to [room] tokens: the judged message before the newest turns, head and tail of each. */

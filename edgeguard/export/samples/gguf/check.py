@@ -35,8 +35,14 @@ if words is None:
 
 
 def tokenize(text):
-    """Text -> token ids, by the tokenizer inside the file; special tokens in a text stay text."""
-    return llm.tokenize(text.encode(), add_bos=False, special=False)
+    """Text -> token ids, by the tokenizer inside the file; special tokens in a text stay text.
+
+    llama.cpp drops a character that the vocabulary lacks, some control characters for instance: then this raises.
+    """
+    ids = llm.tokenize(text.encode(), add_bos=False, special=False)
+    if llm.detokenize(ids).strip() != text.encode().strip():
+        raise ValueError("the tokenizer left out a part of the text, so it cannot be judged")
+    return ids
 
 
 def margin_of(ids):

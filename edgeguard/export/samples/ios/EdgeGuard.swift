@@ -203,7 +203,7 @@ public struct Rules: Sendable {
         return (ids + read, target, clipped || cut)
     }
 
-    /// Margin -> p_unsafe and action: "allow", "block", or "escalate" where not all was read. Throws for NaN.
+    /// Margin -> p_unsafe and action: "allow", "block", or "escalate" where not all was read. Throws for what is no number.
     public func decide(_ margin: Double, _ target: String, _ truncated: Bool, _ point: String = "balanced") throws
         -> (pUnsafe: Double, action: String)
     {
@@ -212,6 +212,7 @@ public struct Rules: Sendable {
             let threshold = manifest.operating_points[point]?.thresholds[target]
         else { throw GuardError("the manifest has no threshold \(point) for a \(target)") }
         let pUnsafe = sigmoid(margin / fitted.temperature + fitted.bias)
+        guard pUnsafe.isFinite else { throw GuardError("p_unsafe is \(pUnsafe)") }
         return (pUnsafe, pUnsafe >= threshold ? "block" : truncated ? "escalate" : "allow")
     }
 

@@ -79,14 +79,15 @@ export class Guard {
 /** Messages -> {ids, target, truncated}; as `rules.py` of the other targets. Throws for nothing to judge. */
 export function encode(messages, tokenize, manifest) {
   const { template, max_tokens: limit } = manifest;
-  const texts = messages.map(({ content }) => content.replace(LONE_SURROGATES, "\ufffd"));
+  const side = limit * CHARS_PER_TOKEN;
+  const whole = messages.map(({ content }) => content.replace(LONE_SURROGATES, "\ufffd"));
+  const texts = whole.map((text) => clip(text, side));
   if (!texts.length || /^[\0 \t\r\n]*$/.test(texts.at(-1))) {
     throw new Error("nothing to judge: the last message is empty");
   }
   const target = messages.at(-1).role === "assistant" ? "response" : "prompt";
-  const side = limit * CHARS_PER_TOKEN;
-  const clipped = texts.some((text) => text.length > 2 * side);
-  const bodies = texts.map((text) => tokenize(text.length > 2 * side ? text.slice(0, side) + text.slice(-side) : text));
+  const clipped = texts.some((text, i) => text.length < whole[i].length);
+  const bodies = texts.map((text) => tokenize(text));
   const reserved = new Set(template.reserved);
   if (bodies.some((body) => body.some((id) => reserved.has(id)))) {
     throw new Error("the tokenizer turned text into a special token");
@@ -99,13 +100,24 @@ export function encode(messages, tokenize, manifest) {
   return { ids: [...ids, ...template.read[target]], target, truncated: clipped || cut };
 }
 
-/** Margin -> {pUnsafe, action}: "allow", "block", or "escalate" where not all was read. Throws for NaN. */
+/** Margin -> {pUnsafe, action}: "allow", "block", or "escalate" where not all was read. Throws for what is no number. */
 export function verdict(margin, target, truncated, manifest, point = "balanced") {
-  if (!Number.isFinite(margin)) throw new Error(`the model returned ${margin}`);
   const { temperature, bias } = manifest.calibration[target];
-  const pUnsafe = sigmoid(margin / temperature + bias);
-  const unsafe = pUnsafe >= manifest.operating_points[point].thresholds[target];
-  return { pUnsafe, action: unsafe ? "block" : truncated ? "escalate" : "allow" };
+  const threshold = manifest.operating_points[point].thresholds[target];
+  const numbers = { margin, temperature, bias, threshold, pUnsafe: sigmoid(margin / temperature + bias) };
+  for (const [name, value] of Object.entries(numbers)) {
+    if (!Number.isFinite(value)) throw new Error(`${name} is ${value}`);
+  }
+  const { pUnsafe } = numbers;
+  return { pUnsafe, action: pUnsafe >= threshold ? "block" : truncated ? "escalate" : "allow" };
+}
+
+/** Head and tail of a text that cannot fit, by characters as Unicode counts them: no surrogate pair is cut. */
+function clip(text, side) {
+  if (text.length <= 2 * side) return text;
+  const characters = [...text];
+  if (characters.length <= 2 * side) return text;
+  return characters.slice(0, side).join("") + characters.slice(-side).join("");
 }
 
 /** Trim to `room` tokens: the judged message before the newest turns, head and tail of each. */
