@@ -67,7 +67,7 @@ class EdgeGuard(
     private val rules: Rules,
     private val tokenize: (String) -> IntArray,
     private val model: Model,
-    private val tokenizer: Closeable = Closeable {},
+    private val tokenizer: AutoCloseable = AutoCloseable {},
 ) : Closeable {
     /** Judge the last of [messages]: a response where its role is assistant, else a prompt. */
     fun judge(messages: List<Message>, point: String = "balanced"): Verdict {
