@@ -25,7 +25,7 @@ android {
 dependencies {
     implementation("com.microsoft.onnxruntime:onnxruntime-android:1.22.0")
     // A runtime reads what its own release or an older one wrote; export.json names the release that wrote model.pte.
-    implementation("org.pytorch:executorch-android:1.4.0")
+    implementation("org.pytorch:executorch-android:1.5.1")
     implementation("ai.djl.huggingface:tokenizers:0.33.0")
     implementation("ai.djl.android:tokenizer-native:0.33.0")
     androidTestImplementation("androidx.test:runner:1.6.2")

@@ -129,6 +129,6 @@ class DeviceTest {
 
     private companion object { // of app/build.gradle.kts
         const val ONNXRUNTIME = "1.22.0"
-        const val EXECUTORCH = "1.4.0"
+        const val EXECUTORCH = "1.5.1"
     }
 }
