@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
     from convert.teachers.score_file import Score
 
-__all__ = ["Batch", "Example", "batches", "encode_rows", "training_batches"]
+__all__ = ["CPU_TOKENS", "Batch", "Example", "batches", "encode_rows", "training_batches"]
 
 POOL_BATCHES = 40
+CPU_TOKENS = 512  # of a batch to score: a CPU is slower with more, which its caches do not hold (docs/log.md)
 UNKNOWN = -1.0  # of a hazard that the teacher does not know
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convert.batches import Batch, Example, batches, training_batches
+from convert.batches import CPU_TOKENS, Batch, Example, batches, training_batches
 from convert.files import write_whole
 from convert.student import Student, autocast, best_device
 from edgeguard.errors import EdgeguardError
@@ -33,8 +33,7 @@ class CheckpointError(EdgeguardError):
     """A checkpoint that does not fit what is trained."""
 
 
-CPU_TOKENS = 512  # of a batch to score: a CPU is slower with more, which its caches do not hold (docs/log.md)
-DEVICE_TOKENS = 8192
+DEVICE_TOKENS = 8192  # of a batch to score, where a GPU does it
 
 Loss = Callable[[Student, Batch], Tensor]
 """Per row, [B]; the loss of a step is the mean over its rows. ``Batch.weight`` is 1 in the mean over a step."""

@@ -42,8 +42,6 @@ __all__ = [
     "torch_stage",
 ]
 
-BATCH_TOKENS = 512  # of a batch for onnxruntime: see convert.distill.CPU_TOKENS
-
 
 class ScoresError(EdgeguardError):
     """Scores that a stage should have are not there."""
@@ -132,13 +130,13 @@ def onnx_stage(name: str, path: Path, pad_id: int, sets: tuple[str, ...] | None 
     def logits(examples: Sequence[Example]) -> np.ndarray:
         import onnxruntime
 
-        from convert.batches import batches
+        from convert.batches import CPU_TOKENS, batches
         from edgeguard.engines.onnx import empty_past, past_shapes
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         past = past_shapes(session)
         rows: dict[int, np.ndarray] = {}
-        for indices, batch in batches(examples, BATCH_TOKENS, pad_id):
+        for indices, batch in batches(examples, CPU_TOKENS, pad_id):
             feeds = {"input_ids": batch.ids.numpy(), "attention_mask": batch.mask.numpy()}
             feeds |= empty_past(past, len(indices))
             rows.update(zip(indices, session.run(["logits"], feeds)[0], strict=True))

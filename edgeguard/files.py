@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files of the system that may not be there."""
+"""Files that are written whole or not at all; files of the system, and packages, that may not be there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["read_or_none", "write_whole"]
+__all__ = ["installed_version", "read_or_none", "write_whole"]
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
@@ -28,4 +28,14 @@ def read_or_none(file: Path) -> str | None:
     try:
         return file.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
+        return None
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of a package, by its name on the package index; None where it is not installed."""
+    from importlib import metadata  # takes tens of milliseconds, and most commands need none of it
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
         return None

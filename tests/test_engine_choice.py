@@ -17,8 +17,9 @@ from tiny import edit_manifest, refresh_files  # noqa: E402
 from tiny_llama import write_llama_bundle  # noqa: E402
 
 from edgeguard import Guard  # noqa: E402
+from edgeguard.bundle import Bundle  # noqa: E402
 from edgeguard.cache import CACHE_VARIABLE  # noqa: E402
-from edgeguard.engines import choose, int8  # noqa: E402
+from edgeguard.engines import Engine, choose, create_engine, int8  # noqa: E402
 from edgeguard.engines.byte_products import byte_products_are_exact  # noqa: E402
 from edgeguard.errors import BundleError, EngineError, InputError  # noqa: E402
 
@@ -143,9 +144,15 @@ def test_auto_measures_once_and_remembers(bundle: Path, cache: Path) -> None:
 def test_it_measures_again_where_what_computes_has_changed(
     bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def make(name: str) -> Engine:
+        if name == "gguf":
+            raise EngineError("not installed")
+        return create_engine(name, opened, 1)
+
+    opened = Bundle.open(bundle)
     for version in (None, "0.3.1", "0.3.2", None):
-        monkeypatch.setattr(choose, "_version", lambda name, version=version: version)
-        Guard.load(bundle, threads=1)
+        monkeypatch.setattr(choose, "installed_version", lambda name, version=version: version)
+        choose.choose_engine(opened, ["onnx", "gguf"], 1, make)
     assert len(list(cache.glob("engine-*.json"))) == 3
 
 

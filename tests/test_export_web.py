@@ -73,6 +73,8 @@ def test_javascript_encodes_as_python_does(tmp_path: Path) -> None:
     conversations = [talk for talk in conversations if talk[-1]["content"].strip("\x00 \t\r\n")]
     # Longer than is tokenized at all, with a character of two UTF-16 units on either side of every cut.
     conversations += [[{"role": "user", "content": "a" * lead + "🙂" * 9000}] for lead in (0, 1, 2)]
+    # Not blank, though nothing is left of it.
+    conversations.append([{"role": "user", "content": " " * 20_000 + "a" + " " * 20_000}])
     limits = [rng.randint(24, 60) for _ in conversations]
     found = in_node(
         """

@@ -186,10 +186,14 @@ def _taught_examples(recipe: Recipe, max_tokens: int, source: Path) -> list[Exam
     if not recipe.distill:
         return read_examples(recipe, "train", max_tokens, source)
     scores, weight = read_scores(label(recipe)), recipe.distill["unlabelled_weight"]
-    if recipe.teacher["kind"] != "scores":  # a file that grows may hold more than the recipe asks for by now
-        scores = {row.id: scores[row.id] for row in rows_to_judge(recipe)}
+    if recipe.teacher["kind"] == "scores":
+        unlabelled = [row for row in rows_without_label(recipe) if row.id in scores]
+    else:  # a file that grows may hold more than the recipe asks for by now
+        judged = rows_to_judge(recipe)
+        scores = {row.id: scores[row.id] for row in judged}
+        unlabelled = [row for row in judged if row.label is None]
     mixed = [m for m in read_mix(recipe) if m.split == "train"]
-    mixed += [MixedRow(row, "train", weight) for row in rows_without_label(recipe) if row.id in scores]
+    mixed += [MixedRow(row, "train", weight) for row in unlabelled]
     if not any(m.row.id in scores for m in mixed):
         raise TeacherError(f"{label(recipe)}: has a score of none of the {len(mixed)} rows to learn from.")
     check_no_test_rows((m.row for m in mixed), leak_keys(recipe.evaluate["sets"]))

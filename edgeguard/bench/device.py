@@ -11,13 +11,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from edgeguard import __version__
 from edgeguard.bench.records import Device
-from edgeguard.engines.cpus import allowed_cpus, physical_cores
-from edgeguard.files import read_or_none
+from edgeguard.engines.cpus import allowed_cpus, cpuinfo, physical_cores
+from edgeguard.files import installed_version, read_or_none
 
 __all__ = ["OtherWork", "clock_mhz", "commit", "cpu_name", "describe_device", "temperature_c", "versions"]
 
@@ -48,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 
 def describe_device() -> Device:
     """This machine, as it is now; what other work took is left to the end of a run."""
-    info = _cpuinfo()
+    info = cpuinfo()
     flags = (info.get("flags") or info.get("features") or "").split() or _sysctl_flags()
     return Device(
         cpu=cpu_name(),
@@ -72,7 +71,7 @@ def describe_device() -> Device:
 
 def cpu_name() -> str:
     """The name, and on x86 family and model: a cloud's machines often have no better name than the maker's."""
-    info = _cpuinfo()
+    info = cpuinfo()
     name = info.get("model name") or info.get("hardware") or _output(["sysctl", "-n", "machdep.cpu.brand_string"])
     name = name or platform.processor() or platform.machine()
     if "cpu family" in info and "model" in info:
@@ -83,12 +82,7 @@ def cpu_name() -> str:
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
     """Versions of edgeguard, Python and ``packages``; None for one that is not installed."""
     found: dict[str, str | None] = {"edgeguard": __version__, "python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return found | {package: installed_version(package) for package in packages}
 
 
 def commit() -> str | None:
@@ -137,15 +131,6 @@ def temperature_c(root: Path = THERMAL_ROOT) -> float | None:
     """The hottest thermal sensor now, in degrees Celsius."""
     readings = [_number(file) for file in root.glob("thermal_zone*/temp")]
     return max((reading / 1000 for reading in readings if reading is not None), default=None)
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor of ``/proc/cpuinfo``, keys in lower case."""
-    found: dict[str, str] = {}
-    for line in (read_or_none(Path("/proc/cpuinfo")) or "").splitlines():
-        key, _, value = line.partition(":")
-        found.setdefault(key.strip().lower(), value.strip())
-    return found
 
 
 def _sysctl_flags() -> list[str]:

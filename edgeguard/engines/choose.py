@@ -13,15 +13,14 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeguard.cache import cache_folder
+from edgeguard.engines.cpus import cpuinfo
 from edgeguard.errors import BundleError, EngineError
-from edgeguard.files import read_or_none, write_whole
+from edgeguard.files import installed_version, write_whole
 
 if TYPE_CHECKING:
     from edgeguard.bundle import Bundle
@@ -38,7 +37,6 @@ TEXT = (
     "ends before midnight."
 )
 KEY_DIGITS = 16
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def choose_engine(
@@ -108,21 +106,10 @@ def _key(bundle: Bundle, names: Sequence[str], threads: int | None) -> str:
     from edgeguard import __version__
 
     hashes = sorted(entry.sha256 for entry in bundle.manifest.files.values())
-    versions = (__version__, onnxruntime.__version__, _version("llama-cpp-python"), platform.python_version())
-    machine = (platform.node(), platform.machine(), _processor(), os.cpu_count())
+    llama_cpp = installed_version("llama-cpp-python") if "gguf" in names else None
+    versions = (__version__, onnxruntime.__version__, llama_cpp, platform.python_version())
+    info = cpuinfo()  # on Linux, of whose processor ``platform`` tells nothing
+    processor = [info.get(key) for key in ("model name", "flags", "cpu part", "features")]
+    machine = (platform.node(), platform.machine(), platform.processor(), processor, os.cpu_count())
     facts = (bundle.label, hashes, tuple(names), threads, versions, machine)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:KEY_DIGITS]
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """Name and features: on Linux from /proc/cpuinfo, of which ``platform`` tells nothing."""
-    lines = (read_or_none(CPUINFO) or "").splitlines()
-    told = {line for line in lines if line.startswith(("model name", "flags", "CPU part", "Features"))}
-    return "\n".join(sorted(told)) or platform.processor()

@@ -12,10 +12,11 @@ from pathlib import Path
 from edgeguard.errors import EngineError
 from edgeguard.files import read_or_none
 
-__all__ = ["allowed_cpus", "choose_threads", "physical_cores"]
+__all__ = ["allowed_cpus", "choose_threads", "cpuinfo", "physical_cores"]
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CPU_ROOT = Path("/sys/devices/system/cpu")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def choose_threads(threads: int | None) -> int:
@@ -46,6 +47,15 @@ def physical_cores() -> int:
         siblings = read_or_none(CPU_ROOT / f"cpu{cpu}" / "topology" / "thread_siblings_list")
         cores.add(siblings or str(cpu))
     return max(1, len(cores))
+
+
+def cpuinfo() -> dict[str, str]:
+    """The first processor of Linux's ``/proc/cpuinfo``, keys in lower case; empty elsewhere."""
+    found: dict[str, str] = {}
+    for line in (read_or_none(CPUINFO) or "").splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip().lower(), value.strip())
+    return found
 
 
 def _cgroup_folders() -> list[Path]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgeguard import schema
 from edgeguard.errors import BundleError
 from edgeguard.manifest import DEFAULT_OPERATING_POINT
+from edgeguard.policy import decide
 from edgeguard.prompt import MAX_ID, ROLES, TARGETS, Message, as_messages
 from edgeguard.verdict import ACTIONS
 
@@ -213,10 +214,9 @@ def verdict_faults(golden: Sequence[Golden], answers: Sequence[Answer], manifest
     """Answers whose ``p_unsafe`` or ``action`` is not what ``manifest`` makes of their own margin, at ``balanced``."""
     thresholds, faults = manifest.operating_points[DEFAULT_OPERATING_POINT].thresholds, []
     for number, (line, answer) in enumerate(zip(golden, answers, strict=False), start=1):
-        p_unsafe = manifest.calibration[line.target].probability(answer.margin)
-        rest = "escalate" if line.truncated else "allow"
-        action = "block" if p_unsafe >= thresholds[line.target] else rest
-        at_threshold = abs(p_unsafe - thresholds[line.target]) < SAME_P
+        p_unsafe, threshold = manifest.calibration[line.target].probability(answer.margin), thresholds[line.target]
+        _, action = decide(p_unsafe, threshold, truncated=line.truncated)
+        at_threshold = abs(p_unsafe - threshold) < SAME_P
         if abs(p_unsafe - answer.p_unsafe) > SAME_P or (action != answer.action and not at_threshold):
             faults.append(
                 f"line {number} ({line.messages[-1][1]:.40}): expected {p_unsafe:.4f}, {action}, of a margin of "

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from edgeguard.bundle import TOKENIZER_NAME, Bundle, sha256_of
 from edgeguard.engines import ENGINES, create_engine
 from edgeguard.export.golden import GOLDEN_NAME, golden_conversations, golden_lines, write_golden
 from edgeguard.export.target import SAMPLES, Check, ExportError, Target, load_target
+from edgeguard.files import installed_version
 from edgeguard.guard import Guard
 from edgeguard.manifest import MANIFEST_NAME, FileEntry, Manifest
 from edgeguard.prompt import Message, as_messages
@@ -153,7 +153,7 @@ def export_bundle(
             reference_engine=guard.info()["engine"]["name"],
             tolerance=tolerance,
             model_files=tuple(engines),
-            versions={"edgeguard": __version__, **{name: _version(name) for name in how.packages}},
+            versions={"edgeguard": __version__, **{name: installed_version(name) for name in how.packages}},
             check=how.check(folder),
         )
         _write_text(folder / FACTS_NAME, json.dumps(facts.to_dict(), indent=1, ensure_ascii=False) + "\n")
@@ -250,13 +250,6 @@ def _readme(target: str, label: str, manifest: Manifest, facts: ExportFacts) -> 
 
 def _write_text(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 @contextmanager

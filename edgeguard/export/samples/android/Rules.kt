@@ -29,7 +29,7 @@ class Rules(manifest: JSONObject) {
         val side = limit * CHARS_PER_TOKEN
         val whole = messages.map { it.content.replace(LONE_SURROGATES, "\uFFFD") }
         val texts = whole.map { clip(it, side) }
-        require(texts.isNotEmpty() && texts.last().any { it !in BLANK }) { "nothing to judge: the last message is empty" }
+        require(whole.isNotEmpty() && whole.last().any { it !in BLANK }) { "nothing to judge: the last message is empty" }
         val target = if (messages.last().role == "assistant") "response" else "prompt"
         val bodies = texts.map(tokenize)
         check(bodies.none { body -> body.any { it in reserved } }) { "the tokenizer turned text into a special token" }

@@ -82,7 +82,7 @@ export function encode(messages, tokenize, manifest) {
   const side = limit * CHARS_PER_TOKEN;
   const whole = messages.map(({ content }) => content.replace(LONE_SURROGATES, "\ufffd"));
   const texts = whole.map((text) => clip(text, side));
-  if (!texts.length || /^[\0 \t\r\n]*$/.test(texts.at(-1))) {
+  if (!whole.length || /^[\0 \t\r\n]*$/.test(whole.at(-1))) {
     throw new Error("nothing to judge: the last message is empty");
   }
   const target = messages.at(-1).role === "assistant" ? "response" : "prompt";
