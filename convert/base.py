@@ -63,12 +63,11 @@ def fetch_base(recipe: dict[str, Any], folder: Path) -> Path:
 
 def _from_hub(name: str, revision: str | None, folder: Path) -> None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     wanted = ["*.json", "*.safetensors", "tokenizer*"]
     try:
         snapshot_download(name, revision=revision, local_dir=folder, allow_patterns=wanted)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # any: the library has changed its HTTP client, with its errors
         raise BaseError(
             f"{name}: could not be fetched from the Hub ({error}). A gated model needs its licence accepted there, and "
             "HF_TOKEN."

@@ -34,7 +34,7 @@ __all__ = [
     "__version__",
 ]
 
-__version__ = "0.3.2"
+__version__ = "0.4.0"
 
 
 def __getattr__(name: str) -> object:

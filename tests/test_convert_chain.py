@@ -317,6 +317,14 @@ def test_training_starts_from_a_bundle(recipe: Recipe, tmp_path: Path) -> None:
     assert {n: w.tolist() for n, w in started.items()} == {n: w.tolist() for n, w in held.state_dict().items()}
     shutil.rmtree(tmp_path / "bundle")  # what was made of it stays; a new version may take its place
     assert steps.student(following) == tmp_path / "build" / "student"
+    named = following.student["start_bundle"]
+    moved = replace(following, student={**following.student, "start_bundle": {**named, "bundle": "elsewhere"}})
+    assert steps.student(moved) == tmp_path / "build" / "student"  # the checksum says which bundle, not the place
+    other = replace(following, student={**moved.student, "start_bundle": {**named, "manifest_sha256": "0" * 64}})
+    with pytest.raises(RecipeError, match="made from other settings"):
+        steps.student(other)
+    with pytest.raises(RecipeError, match=r"on.toml: \[student\] start_bundle: .*elsewhere"):
+        steps.student(replace(moved, build=_with_corpus(recipe, tmp_path / "again")))
 
 
 def test_another_bundle_to_start_from_is_refused(recipe: Recipe, tmp_path: Path) -> None:

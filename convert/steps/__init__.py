@@ -57,7 +57,8 @@ __all__ = [
 ]
 
 ORDER = (
-    *("base", "corpus", "teacher", "label", "student", "train"),
+    # The student first: whatever is wrong with its shape or its start is told before hours of a teacher.
+    *("base", "corpus", "student", "teacher", "label", "train"),
     *("qat", "gptq", "tune", "export", "evaluate", "package"),
 )
 

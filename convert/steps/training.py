@@ -28,6 +28,7 @@ from convert.steps.runs import run_training
 from convert.steps.teaching import label, rows_to_judge, rows_without_label
 from edgeguard.bundle import Bundle, sha256_of
 from edgeguard.engines.gguf_source import read_onnx
+from edgeguard.errors import BundleError
 from edgeguard.hub import HUB_PREFIX, resolve_bundle
 from edgeguard.manifest import MANIFEST_NAME
 
@@ -49,11 +50,18 @@ def student(recipe: Recipe) -> Path:
         return train(recipe.start)
     folder, table = recipe.build / "student", recipe.student
     source = trimmed_base(recipe)
-    inputs = {"student": table, "base": recipe.base, "data": data_sha256(recipe)}
+    inputs = {"student": _settings(table), "base": recipe.base, "data": data_sha256(recipe)}
     if not is_made(folder / "student.safetensors", inputs, folder):
         made = _of_start_bundle(recipe, source) if "start_bundle" in table else _cut(recipe, source)
         made.save(folder)
     return folder
+
+
+def _settings(table: dict[str, Any]) -> dict[str, Any]:
+    """What decides the student: of a bundle to start from its manifest's checksum, and not where it lies."""
+    if start := table.get("start_bundle"):
+        return {**table, "start_bundle": {"manifest_sha256": start["manifest_sha256"]}}
+    return table
 
 
 def _cut(recipe: Recipe, source: Path) -> Student:
@@ -87,7 +95,10 @@ def _of_start_bundle(recipe: Recipe, source: Path) -> Student:
 
     wanted = recipe.student["start_bundle"]
     spec = wanted["bundle"]
-    bundle = Bundle.open(resolve_bundle(spec if spec.startswith(HUB_PREFIX) else recipe.path.parent / spec))
+    try:
+        bundle = Bundle.open(resolve_bundle(spec if spec.startswith(HUB_PREFIX) else recipe.path.parent / spec))
+    except BundleError as error:
+        raise RecipeError(f"{recipe.path.name}: [student] start_bundle: {error}") from error
     found = sha256_of(bundle.path / MANIFEST_NAME)
     if found != wanted["manifest_sha256"]:
         raise RecipeError(

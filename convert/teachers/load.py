@@ -61,11 +61,10 @@ def _gguf(table: Mapping[str, Any], folder: Path, context: int) -> LanguageModel
 
 def _download(repository: str, file: str, revision: str | None, folder: Path) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(hf_hub_download(repository, file, revision=revision, local_dir=folder))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # any: the library has changed its HTTP client, with its errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TeacherError(
             f"{repository}: the Hugging Face Hub does not give its {file} ({reason}). Check both names; for a gated "
