@@ -321,15 +321,19 @@ def common_sets(stages: Mapping[str, Mapping[str, Any]], figure: str = "f1", poi
 
 
 def losses(stages: Mapping[str, Mapping[str, Any]], point: str = POINT, *, road: str = QAT) -> dict[str, Any]:
-    """By stage: F1 points lost to the stage ``before`` it and to the ``teacher``, by set and in the mean.
+    """By stage: F1 points lost to the stage ``before`` it, to ``fp32`` and to the ``teacher``, by set and in the mean.
 
-    A stage that was not measured is passed over: the stage before is then the one before that, and is named. Null
-    where there is none.
+    The teacher, which comes before fp32, loses nothing to it. A stage that was not measured is passed over: the stage
+    before is then the one before that, and is named. Null where there is none.
     """
     check_comparable(stages)
     lost: dict[str, Any] = {}
     for name in stages:
-        found = {"before": _measured_before(name, stages, road), "teacher": TEACHER if TEACHER in stages else None}
+        found = {
+            "before": _measured_before(name, stages, road),
+            "fp32": REFERENCE if REFERENCE in stages and name != TEACHER else None,
+            "teacher": TEACHER if TEACHER in stages else None,
+        }
         lost[name] = {
             what: None
             if other in (None, name)

@@ -194,7 +194,8 @@ def record_markdown(report: Mapping[str, Any], title: str, command: str) -> str:
     return f"""# {title}: the record
 
 Made by `{command}` from `report.json`, at the operating point `{POINT}`. {report["policy"]} A dash: not measured, or
-not defined (a set of one class has no F1). A mean is over the sets that every stage of its table has.
+not defined (a set of one class has no F1). The first mean is over the sets that fp32 and the shipped
+file have, the second over those that every stage of the table has.
 
 ![F1, recall and false-positive rate by stage and set](record.png)
 
@@ -273,10 +274,19 @@ def _pivot(stages: Mapping[str, Any], key: str) -> str:
         cells = [values[stage].get(name) for stage in stages]
         if any(cell is not None for cell in cells):
             rows.append([set_title(name), *_emphasised(stages, [figure(cell) for cell in cells])])
-    if common := common_sets(stages, key):
-        means = [sum(values[stage][name] for name in common) / len(common) for stage in stages]
-        rows.append([f"**mean of {len(common)} sets**", *_emphasised(stages, [figure(mean) for mean in means])])
+    # Roads and teacher are measured on few sets: the student and what ships have a mean over more.
+    main = {stage: stages[stage] for stage in (REFERENCE, SHIPPED)}
+    for common in dict.fromkeys((tuple(common_sets(main, key)), tuple(common_sets(stages, key)))):
+        if common:
+            means = [_mean([values[stage].get(name) for name in common]) for stage in stages]
+            rows.append([f"**mean of {len(common)} sets**", *_emphasised(stages, [figure(mean) for mean in means])])
     return _table(["set", *map(stage_title, stages)], rows)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one of ``values`` is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _emphasised(stages: Mapping[str, Any], cells: Sequence[str]) -> list[str]:
@@ -287,12 +297,13 @@ def _emphasised(stages: Mapping[str, Any], cells: Sequence[str]) -> list[str]:
 def _lost_table(lost: Mapping[str, Any]) -> str:
     rows = []
     for stage, entry in lost.items():
-        before, teacher = entry["before"], entry["teacher"]
+        before = entry["before"]
         cells = [stage_title(stage), stage_title(before["stage"]) if before else "–"]
-        for other in (before, teacher):
+        for other in (before, entry["fp32"], entry["teacher"]):
             cells += [points(other["mean"]), str(other["sets"])] if other else ["–", "–"]
         rows.append(cells)
-    return _table(["stage", "the stage before", "F1 lost to it", "sets", "F1 lost to the teacher", "sets"], rows)
+    head = ["stage", "the stage before", "F1 lost to it", "sets"]
+    return _table([*head, "F1 lost to fp32", "sets", "F1 lost to the teacher", "sets"], rows)
 
 
 def _lost_by_set(lost: Mapping[str, Any], stages: Mapping[str, Any]) -> str:

@@ -211,7 +211,8 @@ def test_losses_are_over_common_sets_and_name_the_stage_they_are_against() -> No
         SHIPPED: _stage({"a": 0.77, "b": 0.61, "one class": None}),
     }
     lost = losses(stages)
-    assert lost[TEACHER] == {"before": None, "teacher": None}
+    assert lost[TEACHER] == {"before": None, "fp32": None, "teacher": None}
+    assert lost[REFERENCE]["fp32"] is None
     first = lost[REFERENCE]["before"]
     assert first["stage"] == TEACHER and first["by_set"] == pytest.approx({"a": 10.0})
     assert first["mean"] == pytest.approx(10.0) and first["sets"] == 1
@@ -221,6 +222,7 @@ def test_losses_are_over_common_sets_and_name_the_stage_they_are_against() -> No
     assert teacher["mean"] == pytest.approx(13.0) and teacher["sets"] == 1
     with_torch = losses({**stages, QAT: _stage({"b": 0.6})})
     assert with_torch[SHIPPED]["before"]["stage"] == QAT and with_torch[SHIPPED]["before"]["sets"] == 1
+    assert with_torch[SHIPPED]["fp32"]["mean"] == pytest.approx(1.0) and with_torch[SHIPPED]["fp32"]["sets"] == 2
     assert losses({REFERENCE: stages[REFERENCE]})[REFERENCE]["before"] is None
 
 
@@ -255,8 +257,15 @@ def test_the_markdown_has_whole_tables_dashes_and_no_text(report: dict[str, Any]
     assert response.split(" | ")[1] == "–" and re.fullmatch(r"0\.\d{3}", response.split(" | ")[2])
     f1 = [report["stages"][name]["sets"]["xstest"]["points"]["balanced"]["f1"] for name in (TEACHER, REFERENCE)]
     assert table[-1].startswith(f"| **mean of 1 sets** | {f1[0]:.3f} | {f1[1]:.3f} |")
+    more = (
+        report["stages"][REFERENCE]["sets"],
+        common_sets({name: report["stages"][name] for name in (REFERENCE, SHIPPED)}),
+    )
+    mean = np.mean([more[0][name]["points"]["balanced"]["f1"] for name in more[1]])
+    assert table[-2].startswith(f"| **mean of 2 sets** | – | {mean:.3f} |")
     lost = report["lost"]["student-int4-gptq"]
-    assert f"| INT4 GPTQ | fp32 | {lost['before']['mean']:+.2f} | 2 | {lost['teacher']['mean']:+.2f} | 1 |" in text
+    against_fp32, against_teacher = (f"{lost[other]['mean']:+.2f}" for other in ("fp32", "teacher"))
+    assert f"| INT4 GPTQ | fp32 | {against_fp32} | 2 | {against_fp32} | 2 | {against_teacher} | 1 |" in text
     assert f"## The {len(report['worst'])} worst mistakes" in text and report["worst"][0]["id"] in text
     assert "Secret" not in text and "Secret" not in json.dumps(report)
 
