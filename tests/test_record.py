@@ -257,11 +257,8 @@ def test_the_markdown_has_whole_tables_dashes_and_no_text(report: dict[str, Any]
     assert response.split(" | ")[1] == "–" and re.fullmatch(r"0\.\d{3}", response.split(" | ")[2])
     f1 = [report["stages"][name]["sets"]["xstest"]["points"]["balanced"]["f1"] for name in (TEACHER, REFERENCE)]
     assert table[-1].startswith(f"| **mean of 1 sets** | {f1[0]:.3f} | {f1[1]:.3f} |")
-    more = (
-        report["stages"][REFERENCE]["sets"],
-        common_sets({name: report["stages"][name] for name in (REFERENCE, SHIPPED)}),
-    )
-    mean = np.mean([more[0][name]["points"]["balanced"]["f1"] for name in more[1]])
+    fp32, both = report["stages"][REFERENCE], common_sets({n: report["stages"][n] for n in (REFERENCE, SHIPPED)})
+    mean = np.mean([fp32["sets"][name]["points"]["balanced"]["f1"] for name in both])
     assert table[-2].startswith(f"| **mean of 2 sets** | – | {mean:.3f} |")
     lost = report["lost"]["student-int4-gptq"]
     against_fp32, against_teacher = (f"{lost[other]['mean']:+.2f}" for other in ("fp32", "teacher"))
