@@ -11,6 +11,7 @@ __all__ = ["load_results", "matrix"]
 
 COLUMNS = (
     "target",
+    "bundle",
     "chip",
     "runtime",
     "compute unit",
@@ -45,9 +46,10 @@ def _cells(record: Record, tokens: int) -> list[str]:
     measured, size = record.measured, f"{record.model.size_bytes / MB:.1f} MB"
     if measured is None:
         unknown = ["-", "-", f"{record.plan.unit} asked for", size, "-", "-", "-", "-"]
-        return [record.target, *unknown, _golden(record), _agreement(record), "-"]
+        return [record.target, record.model.bundle, *unknown, _golden(record), _agreement(record), "-"]
     return [
         record.target,
+        record.model.bundle,
         measured.device.chip,
         f"{measured.runtime} {measured.runtime_version}",
         _compute(measured.compute),

@@ -223,6 +223,7 @@ def test_a_device_that_does_all_right_passes(
     assert record.golden is not None and record.golden.passed == record.golden.vectors
     row = matrix([record], 64).splitlines()[2]
     assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        "tiny@0.0.1",
         "Chip 9",
         "onnxruntime 1.31.1",
         "cpu",
