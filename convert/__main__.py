@@ -59,9 +59,9 @@ def _step(name: str, help_text: str) -> None:
 for _name, _help in {
     "base": "Fetch the base model and check its checksum.",
     "corpus": "Build the training mix and put the calibration split aside.",
+    "student": "Cut the student out of its base: vocabulary, layers, neurons, head.",
     "teacher": "Train the teacher, where the recipe trains one.",
     "label": "Let the teacher score the rows that the student learns from.",
-    "student": "Cut the student out of its base: vocabulary, layers, neurons, head.",
     "train": "Train the float32 student on the teacher's scores and the labels.",
     "qat": "Quantization-aware steps on the INT4 grid, where the recipe says so.",
     "gptq": "Round the float32 student to the INT4 grid with GPTQ, where the recipe says so.",

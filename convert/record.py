@@ -170,7 +170,6 @@ def make_report(
         "data": data,
         "calibration_data": {"rows": len(calibration), "sha256": revision},
         "stages": stages,
-        "int4_loss": mean_lost(stages[REFERENCE]["sets"], stages[SHIPPED]["sets"], POINT),
         "lost": losses(stages, road=road),
         "roads": roads_table(stages, road=road),
         "int8": (

@@ -63,13 +63,13 @@ def _loss_table(report: Mapping[str, Any]) -> str:
     both = {name: report["stages"][name] for name in (REFERENCE, SHIPPED)}
     check_comparable(both)
     before, after = (stage["sets"] for stage in both.values())
-    for name, lost in report["int4_loss"]["by_set"].items():
+    lost = report["lost"][SHIPPED]["fp32"]
+    for name, points_lost in lost["by_set"].items():
         a, b = before[name]["points"]["balanced"], after[name]["points"]["balanced"]
         lines.append(
-            f"| {set_title(name)} | {figure(a['f1'])} | {figure(b['f1'])} | {lost:+.2f} | "
+            f"| {set_title(name)} | {figure(a['f1'])} | {figure(b['f1'])} | {points_lost:+.2f} | "
             f"{figure(a['auprc'])} | {figure(b['auprc'])} |"
         )
-    lost = report["int4_loss"]
     lines.append(f"| **mean of {lost['sets']} sets** | | | **{points(lost['mean'])}** | | |")
     return "\n".join(lines)
 

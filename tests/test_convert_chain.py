@@ -85,7 +85,7 @@ def test_the_report_is_what_the_runtime_says(recipe: Recipe) -> None:
     assert entry["n"] == 60
     assert caught / 30 == pytest.approx(entry["recall"], abs=1 / 30)  # a margin at the threshold may fall either way
     assert report["stages"]["student-int4-onnx"]["sets"]["tiny_unsafe"]["points"]["balanced"]["f1"] is None
-    assert set(report["int4_loss"]["by_set"]) == {"tiny_test"}
+    assert set(report["lost"]["student-int4-onnx"]["fp32"]["by_set"]) == {"tiny_test"}
 
 
 def test_card_plots_and_records_are_in_the_bundle(recipe: Recipe) -> None:

@@ -305,7 +305,7 @@ def test_the_card_tells_the_containers_apart(report: dict[str, Any]) -> None:
     manifest, data = (read_json(BUNDLE / name) for name in ("manifest.json", "data_manifest.json"))
     card = model_card(load_recipe(Path("recipes/mini.toml")), manifest, report, data)
     assert "| onnx | 200 | 0.315 | 0.048 |\n| gguf | 0 | – | – |" in card
-    assert f"| **mean of 2 sets** | | | **{report['int4_loss']['mean']:+.2f}** | | |" in card
+    assert f"| **mean of 2 sets** | | | **{report['lost'][SHIPPED]['fp32']['mean']:+.2f}** | | |" in card
     assert comparison_table(report, "low_fpr") in card
     report["stages"][SHIPPED]["comparable"]["calibration"] = "another"
     with pytest.raises(RecordError, match="calibration rows"):
